@@ -1,0 +1,80 @@
+"""The file `aap.toml`: read, watched, and handed to whoever understands a part of it.
+
+A change is validated whole before any of it takes effect. A file that does not pass leaves everything as it was, and
+says why in the log: a typo must not stop a running gateway.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+Tables = dict[str, Any]
+
+
+class ConfigurationInvalid(Exception):
+    """One line per problem in the file."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigurationFile:
+    """Knows whether the file changed since it was last read. A file that is not there is empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> Tables:
+        """Return the file's tables. Errors: ConfigurationInvalid when it is not TOML."""
+        self._seen = self._stamp()
+        try:
+            return tomllib.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise ConfigurationInvalid([f"{self.path.name}: {error}"]) from None
+
+    def has_changed(self) -> bool:
+        """Tell whether the file is another than the one last read. One `stat`, cheap enough for every second."""
+        return self._stamp() != self._seen
+
+    def _stamp(self) -> tuple[int, int, int]:
+        try:
+            status = os.stat(self.path)  # noqa: PTH116 - the descriptor's fields are all that is wanted
+        except OSError:
+            return (0, 0, 0)
+        return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def unknown_names(given: Iterable[str], known: Iterable[str], where: str) -> list[str]:
+    """Return a line for each name that is not known, with the nearest one that is."""
+    known = list(known)
+    problems: list[str] = []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"{where}{name}: unknown" + (f", did you mean {near[0]}?" if near else ""))
+    return problems
+
+
+def resolve_secret(value: str, environ: Mapping[str, str]) -> str:
+    """Return what `env:NAME` or `file:PATH` refers to, or *value* itself. Errors: ValueError naming the reference."""
+    kind, separator, place = value.partition(":")
+    if not separator or kind not in {"env", "file"}:
+        return value
+    if kind == "env":
+        found = environ.get(place, "")
+        if not found:
+            raise ValueError(f"the environment variable {place} is not set")
+        return found
+    try:
+        return Path(place).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"the file {place} cannot be read: {error.strerror}") from None

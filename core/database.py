@@ -1,0 +1,69 @@
+"""PostgreSQL: the engine, transactions, and the base of every table."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from sqlalchemy import Connection, MetaData, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase
+
+_T = TypeVar("_T")
+_NAMING = {
+    "ix": "ix_%(column_0_label)s",
+    "uq": "uq_%(table_name)s_%(column_0_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Table(DeclarativeBase):
+    """The base of every typed row."""
+
+    metadata = MetaData(naming_convention=_NAMING)
+
+
+class Database:
+    """A pool of connections to PostgreSQL. A function that takes a session never commits; this class does."""
+
+    def __init__(self, url: str, *, connections_max: int = 5, connect_timeout_seconds: float = 5.0) -> None:
+        self._engine: AsyncEngine = create_async_engine(
+            asyncpg_url(url),
+            pool_size=connections_max,
+            max_overflow=0,
+            pool_timeout=connect_timeout_seconds,
+            # A restarted PostgreSQL leaves dead connections in the pool; the ping finds them before a caller does.
+            pool_pre_ping=True,
+            connect_args={"timeout": connect_timeout_seconds, "command_timeout": 30},
+        )
+        self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[AsyncSession]:
+        """Open a session in a transaction; commit at the end, roll back on any error."""
+        async with self._sessions() as session, session.begin():
+            yield session
+
+    async def run(self, act: Callable[[Connection], _T]) -> _T:
+        """Run *act* on a plain connection in a transaction: for migrations, which are not asynchronous."""
+        async with self._engine.begin() as connection:
+            return await connection.run_sync(act)
+
+    async def ping(self) -> None:
+        """Return when PostgreSQL answers. Errors: whatever the driver raises when it does not."""
+        async with self._engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+
+def asyncpg_url(url: str) -> str:
+    """Return *url* with asyncpg as its driver, whatever spelling of `postgres://` it came in."""
+    parsed = make_url(url.replace("postgres://", "postgresql://", 1) if url.startswith("postgres://") else url)
+    return parsed.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)

@@ -1,0 +1,272 @@
+"""One connection to Redis for scripts on the hot path: commands of one event-loop tick leave in one write.
+
+Measured (client CPU per call at 64 concurrent): redis-py's pipeline per tick 14 µs, this 2 to 3. What is not
+on the hot path uses redis-py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import ssl
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import hiredis
+from redis.asyncio.connection import parse_url
+
+Reply = list[int]
+
+
+class RedisUnavailable(Exception):
+    """Redis did not answer within the deadline, or is known to be down."""
+
+
+class Script:
+    """A Lua script and its digest."""
+
+    __slots__ = ("digest", "source")
+
+    def __init__(self, source: str) -> None:
+        self.source = source.encode()
+        self.digest = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
+
+
+class Packed(NamedTuple):
+    """Arguments that stay the same from call to call, encoded for the wire once."""
+
+    parts: tuple[bytes, ...]
+    wire: bytes
+
+
+def pack(parts: Sequence[bytes]) -> Packed:
+    """Encode *parts* as RESP bulk strings."""
+    return Packed(tuple(parts), b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]))
+
+
+class ScriptCall(NamedTuple):
+    """KEYS = *key* then *keys*; ARGV = *arguments* then *fixed*. All keys share one hash tag."""
+
+    script: Script
+    key: bytes
+    keys: Packed
+    arguments: tuple[bytes, ...]
+    fixed: Packed
+
+    def encode(self, command: bytes, script: bytes) -> bytes:
+        """Return the call as one RESP command, by digest (EVALSHA) or by source (EVAL)."""
+        key_count = 1 + len(self.keys.parts)
+        count = 3 + key_count + len(self.arguments) + len(self.fixed.parts)
+        head = (command, script, b"%d" % key_count, self.key)
+        return b"*%d\r\n%b%b%b%b" % (
+            count,
+            pack(head).wire,
+            self.keys.wire,
+            pack(self.arguments).wire,
+            self.fixed.wire,
+        )
+
+
+class _Waiting:
+    """A command that was sent and not answered yet. *future* is None when nobody waits for the answer."""
+
+    __slots__ = ("call", "deadline", "future")
+
+    def __init__(self, call: ScriptCall | None, future: asyncio.Future[Any] | None, deadline: float) -> None:
+        self.call = call
+        self.future = future
+        self.deadline = deadline
+
+
+class _Wire(asyncio.Protocol):
+    """The socket: writes once per tick, matches answers to commands in order."""
+
+    def __init__(self, lost: asyncio.Event) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._reader = hiredis.Reader()
+        self._outgoing: list[bytes] = []
+        self._transport: asyncio.Transport | None = None
+        self._lost = lost
+        self.waiting: deque[_Waiting] = deque()
+        self.late_answers = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._transport = None
+        for waiting in self.waiting:
+            if waiting.future is not None and not waiting.future.done():
+                waiting.future.set_exception(RedisUnavailable("the connection to Redis was lost"))
+        self.waiting.clear()
+        self._lost.set()
+
+    def send(self, command: bytes, waiting: _Waiting) -> None:
+        if self._transport is None:
+            raise RedisUnavailable("the connection to Redis was lost")
+        if not self._outgoing:
+            self._loop.call_soon(self._flush)
+        self._outgoing.append(command)
+        self.waiting.append(waiting)
+
+    def _flush(self) -> None:
+        if self._transport is not None:
+            self._transport.write(b"".join(self._outgoing))
+        self._outgoing.clear()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while True:
+            answer = self._reader.gets()
+            if answer is False:
+                return
+            self._settle(self.waiting.popleft(), answer)
+
+    def _settle(self, waiting: _Waiting, answer: object) -> None:
+        if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith("NOSCRIPT"):
+            # Redis was restarted or its scripts were flushed: say the whole script once.
+            self.send(waiting.call.encode(b"EVAL", waiting.call.script.source), waiting)
+            return
+        future = waiting.future
+        if future is None or future.done():
+            return
+        if isinstance(answer, hiredis.ReplyError):
+            future.set_exception(RedisUnavailable(f"Redis refused a command: {answer}"))
+        else:
+            future.set_result(answer)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class ScriptConnection:
+    """Runs scripts on one Redis server, with a deadline per call and a breaker.
+
+    When Redis is down: calls fail at once with RedisUnavailable (no waiting, no queueing) until a probe in the
+    background has connected again and had an answer in time.
+    """
+
+    def __init__(self, url: str, *, deadline_seconds: float = 0.05, probe_seconds: float = 0.2) -> None:
+        self._url = url
+        self._deadline_seconds = deadline_seconds
+        self._probe_seconds = probe_seconds
+        self._wire: _Wire | None = None
+        self._lost = asyncio.Event()
+        self._keeper: asyncio.Task[None] | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether calls are being sent."""
+        return self._wire is not None
+
+    async def start(self) -> None:
+        """Connect, and keep connected from now on. Returns also when Redis is down."""
+        with contextlib.suppress(OSError, TimeoutError, RedisUnavailable):
+            await self._connect()
+        self._keeper = self._loop.create_task(self._keep_connected())
+        self._sweep = self._loop.call_later(self._deadline_seconds / 2, self._judge)
+
+    async def close(self) -> None:
+        """Close the connection and stop reconnecting."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._sweep is not None:
+            self._sweep.cancel()
+        if self._wire is not None:
+            self._wire.close()
+            self._wire = None
+
+    def run(self, call: ScriptCall) -> asyncio.Future[Reply]:
+        """Send *call* with this tick's others. The future fails with RedisUnavailable after the deadline."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._send(call, future)
+        return future
+
+    def run_and_forget(self, call: ScriptCall) -> None:
+        """Send *call*; nobody waits for the answer. Errors: RedisUnavailable when it cannot even be sent."""
+        self._send(call, None)
+
+    def _send(self, call: ScriptCall, future: asyncio.Future[Reply] | None) -> None:
+        wire = self._wire
+        if wire is None:
+            raise RedisUnavailable("Redis is down")
+        deadline = self._loop.time() + self._deadline_seconds
+        wire.send(call.encode(b"EVALSHA", call.script.digest), _Waiting(call, future, deadline))
+
+    def _judge(self) -> None:
+        # When our own loop was busy for longer than the deadline, answers lie unread in the socket: read them first.
+        self._sweep = self._loop.call_later(0.001, self._expire)
+
+    def _expire(self) -> None:
+        """Fail the calls whose deadline has passed; give the connection up when Redis has gone silent.
+
+        An expired command keeps its place in the queue, so that a late answer is matched to it and to nobody else.
+        """
+        self._sweep = self._loop.call_later(self._deadline_seconds / 2, self._judge)
+        wire = self._wire
+        if wire is None or not wire.waiting:
+            return
+        now = self._loop.time()
+        for waiting in wire.waiting:
+            if waiting.deadline > now:
+                break
+            if waiting.future is not None and not waiting.future.done():
+                waiting.future.set_exception(RedisUnavailable("Redis did not answer in time"))
+        if now - wire.waiting[0].deadline > self._deadline_seconds:
+            self._wire = None
+            wire.close()
+
+    async def _keep_connected(self) -> None:
+        while True:
+            if self._wire is not None:
+                await self._lost.wait()
+                self._wire = None
+            await asyncio.sleep(self._probe_seconds)
+            with contextlib.suppress(OSError, TimeoutError, RedisUnavailable):
+                await self._connect()
+
+    async def _connect(self) -> None:
+        options = cast("dict[str, Any]", parse_url(self._url))
+        self._lost = asyncio.Event()
+        async with asyncio.timeout(max(1.0, self._deadline_seconds * 4)):
+            wire = await self._open(options)
+        try:
+            for command in _greeting(options):
+                await self._ask(wire, command)
+        except (RedisUnavailable, TimeoutError):
+            wire.close()
+            raise
+        self._wire = wire
+
+    async def _open(self, options: dict[str, Any]) -> _Wire:
+        if "path" in options:
+            _, wire = await self._loop.create_unix_connection(lambda: _Wire(self._lost), options["path"])
+            return wire
+        context = ssl.create_default_context() if self._url.startswith("rediss") else None
+        _, wire = await self._loop.create_connection(
+            lambda: _Wire(self._lost), options.get("host", "localhost"), options.get("port", 6379), ssl=context
+        )
+        return wire
+
+    async def _ask(self, wire: _Wire, command: tuple[bytes, ...]) -> None:
+        future: asyncio.Future[Any] = self._loop.create_future()
+        wire.send(b"*%d\r\n%b" % (len(command), pack(command).wire), _Waiting(None, future, self._loop.time() + 1))
+        async with asyncio.timeout(max(0.5, self._deadline_seconds * 2)):
+            await future
+
+
+def _greeting(options: dict[str, Any]) -> list[tuple[bytes, ...]]:
+    commands: list[tuple[bytes, ...]] = []
+    if options.get("password"):
+        user = options.get("username") or "default"
+        commands.append((b"AUTH", str(user).encode(), str(options["password"]).encode()))
+    if options.get("db"):
+        commands.append((b"SELECT", str(options["db"]).encode()))
+    commands.append((b"PING",))
+    return commands

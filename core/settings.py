@@ -1,0 +1,198 @@
+"""Environment variables, parsed once into frozen Structs. Every problem is reported at once, by variable.
+
+There is no default for a secret: embedded mode makes its own under the data directory (`core/embedded.py`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, TypeVar, cast
+
+import msgspec
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_PEPPER = re.compile(r"^[a-z0-9]{1,16}:[0-9a-f]{64}$")
+_T = TypeVar("_T")
+
+
+class SettingsInvalid(Exception):
+    """One line per wrong variable."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Pepper(msgspec.Struct, frozen=True):
+    """A server-side key under which API keys are fingerprinted. The first of the ring makes new fingerprints."""
+
+    id: str
+    key: bytes
+
+    def __repr__(self) -> str:
+        """Keep the key out of logs and tracebacks."""
+        return f"Pepper(id={self.id!r})"
+
+
+class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP edge: where it listens, what it accepts, when it stops."""
+
+    host: str
+    port: int
+    workers: int
+    body_bytes_max: int
+    in_flight_max: int
+    queued_max: int
+    queue_seconds_max: float
+    drain_seconds: float
+    keepalive_seconds: float
+    header_seconds_max: float
+    trusted_proxies: tuple[Network, ...]
+    metrics_token: str | None
+
+
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is logged and how."""
+
+    format: Literal["json", "console"]
+    level: str
+    requests: bool
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that the environment says. None for a store means: embedded, under *data_dir*."""
+
+    data_dir: Path
+    config_path: Path
+    database_url: str | None
+    redis_url: str | None
+    peppers: tuple[Pepper, ...]
+    edge: EdgeSettings
+    log: LogSettings
+
+
+class _Reader:
+    """Reads variables one by one and collects what is wrong with them."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.problems: list[str] = []
+
+    def read(self, name: str, default: _T, parse: Callable[[str], _T]) -> _T:
+        text = self._environ.get(name, "").strip()
+        if not text:
+            return default
+        try:
+            return parse(text)
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
+            return default
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """Return the settings that *environ* describes. Errors: SettingsInvalid with every problem."""
+    reader = _Reader(environ)
+    read = reader.read
+    edge = EdgeSettings(
+        host=read("AAP_HOST", "127.0.0.1", str),
+        port=read("AAP_PORT", 8080, _integer(0, 65535)),
+        workers=read("AAP_WORKERS", min(os.cpu_count() or 1, 4), _integer(1, 256)),
+        body_bytes_max=read("AAP_BODY_BYTES_MAX", 10 * 1024 * 1024, _integer(1024, 1 << 30)),
+        in_flight_max=read("AAP_IN_FLIGHT_MAX", 2048, _integer(1, 1 << 20)),
+        queued_max=read("AAP_QUEUED_MAX", 512, _integer(0, 1 << 20)),
+        queue_seconds_max=read("AAP_QUEUE_SECONDS_MAX", 5.0, _seconds),
+        drain_seconds=read("AAP_DRAIN_SECONDS", 30.0, _seconds),
+        keepalive_seconds=read("AAP_SSE_KEEPALIVE_SECONDS", 15.0, _seconds),
+        header_seconds_max=read("AAP_HEADER_SECONDS_MAX", 10.0, _seconds),
+        trusted_proxies=read("AAP_TRUSTED_PROXIES", (), _networks),
+        metrics_token=read("AAP_METRICS_TOKEN", None, _optional),
+    )
+    log = LogSettings(
+        format=cast(
+            "Literal['json', 'console']",
+            read("AAP_LOG_FORMAT", "json", _one_of("json", "console")),
+        ),
+        level=read("AAP_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error")),
+        requests=read("AAP_LOG_REQUESTS", default=True, parse=_boolean),
+    )
+    settings = Settings(
+        data_dir=read("AAP_DATA_DIR", Path(".data"), Path).absolute(),
+        config_path=read("AAP_CONFIG", Path("aap.toml"), Path).absolute(),
+        database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
+        redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
+        peppers=read("AAP_KEY_PEPPERS", (), _peppers),
+        edge=edge,
+        log=log,
+    )
+    problems = reader.problems
+    if (settings.database_url is None) != (settings.redis_url is None):
+        problems.append("DATABASE_URL, REDIS_URL: set both (your servers) or neither (embedded ones)")
+    if settings.database_url is not None and not settings.peppers and "AAP_KEY_PEPPERS" not in " ".join(problems):
+        problems.append("AAP_KEY_PEPPERS: required with DATABASE_URL; `aap doctor --new-pepper` prints a fresh one")
+    if problems:
+        raise SettingsInvalid(problems)
+    return settings
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 86_400:
+        raise ValueError(f"expected seconds from 0 to 86400, got {text!r}")
+    return value
+
+
+def _boolean(text: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    if text.lower() not in words:
+        raise ValueError(f"expected true or false, got {text!r}")
+    return words[text.lower()]
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(f"expected one of {', '.join(words)}, got {text!r}")
+        return text.lower()
+
+    return parse
+
+
+def _url(*schemes: str) -> Callable[[str], str | None]:
+    def parse(text: str) -> str | None:
+        # The value may hold a password: say what was expected, never what was given.
+        if text.partition("://")[0] not in schemes or "://" not in text:
+            raise ValueError(f"expected an address that starts with {', '.join(s + '://' for s in schemes)}")
+        return text
+
+    return parse
+
+
+def _optional(text: str) -> str | None:
+    return text
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    return tuple(ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip())
+
+
+def _peppers(text: str) -> tuple[Pepper, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(_PEPPER.match(part) for part in parts):
+        raise ValueError("expected id:64-hex-digits, comma-separated, newest first")
+    ring = tuple(Pepper(id=part.partition(":")[0], key=bytes.fromhex(part.partition(":")[2])) for part in parts)
+    if len({pepper.id for pepper in ring}) != len(ring):
+        raise ValueError("two peppers have the same id")
+    return ring

@@ -1,0 +1,108 @@
+"""The ASGI application: hot routes first, Litestar for the rest, one error form and one request id for both."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import structlog
+from litestar import Litestar, Request, Response
+from litestar.datastructures import State
+from litestar.di import Provide
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.openapi.config import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+from core.errors import AppError, Invalid
+from core.ids import new_id
+from core.version import VERSION
+from gateway.errors import (
+    BodyTooLarge,
+    ErrorBody,
+    MethodNotAllowed,
+    RouteNotFound,
+    error_body,
+    headers_of,
+    status_of,
+)
+from gateway.routes import health, metrics, models
+from gateway.routes.dependencies import provide_principal, provide_runtime
+from gateway.routes.openapi import describe_hot_routes
+from gateway.runtime import Runtime
+
+_BODY_BYTES_MAX: Final = 1024 * 1024
+_log = structlog.get_logger(__name__)
+
+
+def create_app(runtime: Runtime) -> ASGIApp:
+    """Return the whole application of an API process."""
+    site = create_site(runtime)
+    hot = runtime.hot
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            endpoint = hot.endpoints.get(scope["path"])
+            if endpoint is not None:
+                await hot.serve(endpoint, scope, receive, send)
+                return
+            send = _with_request_id(scope, send)
+        await site(scope, receive, send)
+
+    return application
+
+
+def create_site(runtime: Runtime) -> Litestar:
+    """Return the routes that are not hot."""
+    site = Litestar(
+        route_handlers=[*models.ROUTES, *health.ROUTES, *metrics.ROUTES],
+        state=State({"runtime": runtime}),
+        dependencies={
+            "runtime": Provide(provide_runtime, sync_to_thread=False),
+            "principal": Provide(provide_principal),
+        },
+        exception_handlers={Exception: _answer_error},
+        openapi_config=OpenAPIConfig(
+            title="AI Agent Platform gateway",
+            version=VERSION,
+            path="/openapi.json",
+            render_plugins=[JsonRenderPlugin(path="/")],
+        ),
+        request_max_body_size=_BODY_BYTES_MAX,
+        debug=False,
+    )
+    describe_hot_routes(site.openapi_schema, runtime.hot.endpoints)
+    return site
+
+
+def _with_request_id(scope: Scope, send: Send) -> Send:
+    request_id = new_id("req")
+    scope["state"]["request_id"] = request_id
+    header = (b"x-request-id", request_id.encode())
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], header]
+        await send(message)
+
+    return send_with_id
+
+
+def _answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:
+    """Answer every failure in OpenAI's form, Litestar's own among them; tell nothing of what broke in here."""
+    known = _known(request, error)
+    if not isinstance(known, AppError):
+        _log.error("request.broke", request_id=request.scope["state"].get("request_id"), exc_info=error)
+    headers = {name.decode(): value.decode() for name, value in headers_of(known)}
+    return Response(error_body(known), status_code=status_of(known), headers=headers, media_type="application/json")
+
+
+def _known(request: Request[Any, Any, Any], error: Exception) -> Exception:
+    if isinstance(error, NotFoundException):
+        return RouteNotFound(request.method, request.url.path)
+    if isinstance(error, MethodNotAllowedException):
+        return MethodNotAllowed(error.headers.get("allow", "another method") if error.headers else "another method")
+    if isinstance(error, HTTPException) and error.status_code == 413:
+        return BodyTooLarge(_BODY_BYTES_MAX)
+    if isinstance(error, HTTPException) and error.status_code < 500:
+        return Invalid("Invalid request.")
+    return error

@@ -1,0 +1,65 @@
+"""`aap`: the command line. Commands are imported when they are used, so that `--help` is quick.
+
+Exit codes: 0 done, 1 the command could not do it, 2 it was called wrongly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Final
+
+import rich_click as click
+
+# Command → (module, its first line of help). The help stands here so that listing commands imports none of them.
+_COMMANDS: Final = {
+    "serve": ("serving", "Run the gateway: stores, schema, API processes, worker."),
+    "worker": ("serving", "Run a worker process only."),
+    "migrate": ("serving", "Bring the database schema up to date."),
+    "doctor": ("doctor", "Check this installation and say what is wrong."),
+    "keys": ("keys", "Create, list, rotate and revoke API keys."),
+    "orgs": ("tenants", "Create and list organizations."),
+    "projects": ("tenants", "Create and list projects."),
+    "limits": ("limits", "Show and set rate limits."),
+    "models": ("models", "List the models of the catalog and their deployments."),
+    "import": ("models", "Convert another gateway's configuration."),
+    "version": ("serving", "Print the version."),
+}
+
+
+class LazyCommands(click.RichGroup):
+    """Knows the commands by name, and imports one when it is run."""
+
+    _is_listing = False
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of the table."""
+        del ctx
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command; while they are listed, a stand-in with its line of help."""
+        del ctx
+        if cmd_name not in _COMMANDS:
+            return None
+        module, summary = _COMMANDS[cmd_name]
+        if self._is_listing:
+            return click.Command(cmd_name, help=summary)
+        return getattr(import_module(f"gateway.cli.{module}"), f"{cmd_name}_command")
+
+    def format_help(self, ctx: click.RichContext, formatter: click.RichHelpFormatter) -> None:
+        """Write the help, importing no command for it."""
+        self._is_listing = True
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            self._is_listing = False
+
+
+@click.group(cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"]})
+def aap() -> None:
+    """Operate the AI Agent Platform gateway."""
+
+
+def main() -> None:
+    """Run the command line."""
+    aap(prog_name="aap")

@@ -1,0 +1,36 @@
+"""Where a call comes from. `X-Forwarded-For` counts only behind proxies that the operator named."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+from core.settings import Network
+
+
+def client_address(scope: Any, trusted: tuple[Network, ...]) -> str:
+    """Return the address of the nearest hop that is not a trusted proxy.
+
+    Read from the right: each trusted proxy vouches for the hop before it, and nothing else in the header is believed.
+    """
+    client = scope.get("client")
+    address = str(client[0]) if client else ""
+    if not trusted or not _is_in(address, trusted):
+        return address
+    hops: list[str] = []
+    for name, value in scope["headers"]:
+        if name == b"x-forwarded-for":
+            hops += [hop.strip() for hop in value.decode("latin-1").split(",")]
+    for hop in reversed(hops):
+        address = hop
+        if not _is_in(hop, trusted):
+            break
+    return address
+
+
+def _is_in(address: str, networks: tuple[Network, ...]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)

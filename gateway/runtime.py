@@ -1,0 +1,170 @@
+"""The parts of one API process, put together and taken apart in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import structlog
+
+from core.clock import SystemClock
+from core.database import Database
+from core.ids import GatewayId, new_id
+from core.redis import Scripts, scripts_for
+from core.settings import Settings
+from gateway.admission import Admission
+from gateway.catalog_file import CatalogFile
+from gateway.edge import HotRoutes
+from gateway.live import LiveRuns
+from gateway.metrics import CallMetrics
+from gateway.request_log import RequestLog
+from inference.call import Inference
+from inference.exchange import Exchange
+from inference.routing import Router
+from inference.upstreams.connections import ConnectionLimits
+from inference.upstreams.demo import Demo
+from inference.upstreams.http1 import Http1Client
+from inference.upstreams.http1_proxies import ProxySettings
+from inference.upstreams.openai_http import OpenAIHttp
+from inference.upstreams.via_litellm import ViaLitellm
+from keys import usage_marks
+from keys.authenticate import Authenticator
+from keys.local_quota import LocalQuota
+from keys.quota import Quota
+from keys.revocation import KeyFeed
+
+_RELOAD_SECONDS: Final = 1.0
+_SNAPSHOT_SECONDS: Final = 2.0
+_log = structlog.get_logger(__name__)
+
+
+class Runtime:
+    """Everything one API process works with. Made by `running`, and nowhere else."""
+
+    def __init__(self, settings: Settings, database: Database, scripts: Scripts, feed: KeyFeed) -> None:
+        self.settings = settings
+        self.database = database
+        self.scripts = scripts
+        self.feed = feed
+        self.catalog_file = CatalogFile(settings.config_path, os.environ)
+        self.router = Router()
+        self.client = Http1Client(
+            limits=ConnectionLimits(connections_per_origin_max=settings.edge.in_flight_max),
+            proxies=ProxySettings.from_environ(os.environ),
+        )
+        self.quota = Quota(scripts, LocalQuota(SystemClock(), lambda: feed.live_gateways))
+        self.authenticator = Authenticator(
+            database,
+            settings.peppers,
+            defaults=lambda: self.catalog_file.limits,
+            is_feed_live=feed.is_live,
+        )
+        self.admission = Admission(settings.edge)
+        self.live = LiveRuns(settings.edge, self.quota)
+        self.request_log = RequestLog()
+        self.metrics = CallMetrics(settings.data_dir / "metrics", self._sample)
+        self.upstreams = {"openai": OpenAIHttp(self.client), "litellm": ViaLitellm(), "demo": Demo()}
+        self.inference = Inference(
+            catalog=lambda: self.catalog_file.catalog,
+            quota=self.quota,
+            router=self.router,
+            upstreams=self.upstreams,
+            on_settled=self._report,
+        )
+        self.hot = HotRoutes(
+            settings=settings.edge,
+            authenticator=self.authenticator,
+            inference=self.inference,
+            admission=self.admission,
+            live=self.live,
+        )
+
+    def _report(self, exchange: Exchange) -> None:
+        """Say that a call has ended: the seam at which the ledger will join the log and the metrics."""
+        duration_seconds = time.perf_counter() - exchange.started_at
+        self.metrics.count(exchange, duration_seconds)
+        if self.settings.log.requests:
+            self.request_log.write(exchange, duration_seconds)
+
+    def _sample(self) -> tuple[dict[str, float], dict[str, float]]:
+        counters = {
+            "aap_quota_local_decisions": float(self.quota.local_decisions),
+            "aap_quota_unsent_settlements": float(self.quota.unsent_settlements),
+            "aap_admission_refused": float(self.admission.refused),
+            "aap_request_log_dropped_lines": float(self.request_log.dropped),
+            "aap_upstream_requests_on_reused_connections": float(self.client.requests_reused),
+            "aap_upstream_stale_retries": float(self.client.requests_retried_stale),
+        }
+        gauges = {
+            "aap_requests_in_flight": float(self.admission.running),
+            "aap_requests_queued": float(self.admission.queued),
+            "aap_streams_open": float(self.live.streams),
+            "aap_event_loop_lag_seconds": self.live.lag_seconds,
+            "aap_key_feed_live": float(self.feed.is_live()),
+            "aap_redis_up": float(self.scripts.is_up),
+            "aap_upstream_connections_open": float(self.client.connections_open),
+            "aap_upstream_connections_idle": float(self.client.connections_idle),
+        }
+        return counters, gauges
+
+    async def keep_house(self) -> None:
+        """Reload aap.toml when it changes, write down when keys were used, leave the metrics for a scrape."""
+        flushed_at = saved_at = time.monotonic()
+        while True:
+            await asyncio.sleep(_RELOAD_SECONDS)
+            if self.catalog_file.reload_if_changed():
+                self.authenticator.forget_all()
+            now = time.monotonic()
+            if now - saved_at >= _SNAPSHOT_SECONDS:
+                saved_at = now
+                self.metrics.save()
+            if now - flushed_at >= usage_marks.FLUSH_SECONDS:
+                flushed_at = now
+                await self.flush_marks()
+
+    async def flush_marks(self) -> None:
+        """Write down when keys were used. PostgreSQL down: next time."""
+        try:
+            await usage_marks.flush(self.database, self.authenticator.last_used)
+        except Exception as error:  # noqa: BLE001 - a mark that is late must not end the housekeeping
+            _log.warning("usage_marks.kept", error=type(error).__name__)
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncGenerator[Runtime]:
+    """Start the parts of an API process; at the end, stop them in reverse."""
+    assert settings.database_url is not None
+    assert settings.redis_url is not None
+    database = Database(settings.database_url)
+    scripts = scripts_for(settings.redis_url)
+    feed = KeyFeed(GatewayId(new_id("gw")), database, settings.redis_url)
+    await scripts.start()
+    runtime = Runtime(settings, database, scripts, feed)
+    await feed.start(runtime.authenticator.forget)
+    runtime.live.start()
+    housekeeping = asyncio.create_task(runtime.keep_house())
+    try:
+        yield runtime
+    finally:
+        housekeeping.cancel()
+        await asyncio.gather(housekeeping, return_exceptions=True)
+        await runtime.live.close()
+        await runtime.flush_marks()
+        runtime.request_log.flush()
+        runtime.metrics.save()
+        await _close_all(runtime)
+
+
+async def _close_all(runtime: Runtime) -> None:
+    closers: list[Any] = [upstream.close for upstream in runtime.upstreams.values()]
+    # Last: settlements may still be on their way to Redis.
+    closers += [runtime.feed.close, runtime.scripts.close, runtime.database.close]
+    for close in closers:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(5):
+                await close()

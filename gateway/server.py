@@ -1,0 +1,92 @@
+"""One API process: the application under Granian, until it is told to stop. `python -m gateway.server`.
+
+Granian is embedded, so that the event loop, the signals and the order of stopping are ours. Several processes
+share the port (SO_REUSEPORT); the kernel spreads connections over them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from typing import Any, Final
+
+import structlog
+import uvloop
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP1Settings
+from granian.log import LogLevels
+from granian.server.embed import Server
+
+from core.settings import EdgeSettings, Settings, load
+from core.telemetry import configure_logs
+from gateway.app import create_app
+from gateway.runtime import Runtime, running
+from keys.secrets import redact
+
+# hyper's bound on the head of a request: 100 headers are refused by it with 431, larger heads likewise.
+_HEADER_BUFFER_BYTES: Final = 64 * 1024
+_INTERRUPTED_SECONDS_MAX: Final = 5.0
+_log = structlog.get_logger(__name__)
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain: take nothing new, finish what runs, cut what takes too long."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings) as runtime:
+        server = _server(create_app(runtime), settings.edge)
+        server.on_startup(_tell_supervisor)
+        serving = asyncio.create_task(server.serve())
+        waiting = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+        await _drain(runtime, server, serving)
+
+
+async def _drain(runtime: Runtime, server: Any, serving: asyncio.Task[None]) -> None:
+    _log.info("gateway.draining", running=runtime.admission.running)
+    runtime.admission.stop()
+    server.stop()
+    is_idle = await runtime.admission.wait_idle(runtime.settings.edge.drain_seconds)
+    if not is_idle:
+        _log.warning("gateway.interrupting", running=runtime.admission.running)
+        runtime.live.interrupt_all()
+        await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX)
+    await asyncio.wait({serving}, timeout=_INTERRUPTED_SECONDS_MAX)
+    _log.info("gateway.stopped", was_idle=is_idle)
+
+
+def _server(app: Any, settings: EdgeSettings) -> Any:
+    return Server(
+        app,
+        address=settings.host,
+        port=settings.port,
+        interface=Interfaces.ASGINL,
+        http=HTTPModes.http1,
+        websockets=False,
+        backlog=2048,
+        http1_settings=HTTP1Settings(
+            header_read_timeout=int(settings.header_seconds_max * 1000), max_buffer_size=_HEADER_BUFFER_BYTES
+        ),
+        # Admission has the last word on how much runs; this only must not be lower.
+        backpressure=settings.in_flight_max + settings.queued_max + 1024,
+        log_level=LogLevels.error,
+    )
+
+
+def _tell_supervisor() -> None:
+    """Say on the inherited descriptor that the port is open."""
+    descriptor = os.environ.get("AAP_READY_FD")
+    if descriptor is not None:
+        os.write(int(descriptor), b"1")
+        os.close(int(descriptor))
+
+
+if __name__ == "__main__":
+    _settings = load(os.environ)
+    configure_logs(_settings.log, redact)
+    uvloop.run(serve(_settings))

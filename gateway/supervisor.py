@@ -1,0 +1,188 @@
+"""`aap serve`: stores, schema and processes, started in order, kept running, stopped in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Final, Self
+
+import structlog
+
+from core import embedded
+from core.settings import EdgeSettings, Settings
+from gateway.catalog_file import CatalogFile
+from gateway.first_run import FirstKey, prepare
+from gateway.metrics import clear
+
+_READY_SECONDS_MAX: Final = 30.0
+# Beyond the drain: interrupted streams get to say so, embedded parts close.
+_STOP_SECONDS_EXTRA: Final = 15.0
+_RESTART_PAUSE_SECONDS_MAX: Final = 10.0
+_STOPPING: Final = {int(signal.SIGTERM), int(signal.SIGINT)}
+_LOOK_SECONDS: Final = 1.0
+_log = structlog.get_logger(__name__)
+Welcome = Callable[[FirstKey | None, CatalogFile], None]
+
+
+class PortTaken(Exception):
+    """Something else listens where we were told to."""
+
+
+class ProcessFailed(Exception):
+    """A process of ours ended before it was ready; its log says why."""
+
+
+def serve(settings: Settings, *, with_worker: bool, welcome: Welcome) -> None:
+    """Run until SIGTERM or SIGINT; *welcome* is called once when calls can be answered.
+
+    Errors: EmbeddedUnavailable, PortTaken, ProcessFailed, ConfigurationInvalid, and the driver's when a store is down.
+    """
+    _require_free_port(settings.edge)
+    catalog_file = CatalogFile(settings.config_path, os.environ)
+    with _Signals() as signals, embedded.stores(settings) as stores:
+        first_key = asyncio.run(prepare(stores.database_url, stores.peppers[0]))
+        clear(settings.data_dir / "metrics")
+        family = _Family(_environment(stores), settings, with_worker=with_worker)
+        try:
+            family.start()
+            welcome(first_key, catalog_file)
+            while not signals.wait(_LOOK_SECONDS) & _STOPPING:
+                stores.revive()
+                family.restart_dead()
+        finally:
+            family.stop(signals)
+
+
+class _Signals:
+    """Turns signals into values to wait for: no handler runs in the middle of anything."""
+
+    def __enter__(self) -> Self:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._reading, False)
+        os.set_blocking(self._writing, False)
+        signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        for number in (*_STOPPING, signal.SIGCHLD):
+            # A handler must be there for the wake-up to happen; what is to be done is decided in `wait`.
+            signal.signal(number, lambda _number, _frame: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (*_STOPPING, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def wait(self, timeout_seconds: float) -> set[int]:
+        """Return the signals that have come, waiting up to *timeout_seconds* for the first one."""
+        select.select([self._reading], [], [], timeout_seconds)
+        try:
+            return set(os.read(self._reading, 4096))
+        except BlockingIOError:
+            return set()
+
+
+class _Process:
+    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+        self.module = module
+        self.restarts = 0
+        self.due_at = 0.0
+        self._environment = environment
+        self.running = self.spawn()
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        ready, told = os.pipe()
+        self.ready = ready
+        self.started_at = time.monotonic()
+        try:
+            return subprocess.Popen(  # noqa: S603 - our own module
+                [sys.executable, "-m", self.module],
+                env={**self._environment, "AAP_READY_FD": str(told)},
+                pass_fds=(told,),
+                stdin=subprocess.DEVNULL,
+                # A session of its own: Ctrl-C reaches the supervisor, which stops everybody in order.
+                start_new_session=True,
+            )
+        finally:
+            os.close(told)
+
+
+class _Family:
+    """The processes of one `aap serve`."""
+
+    def __init__(self, environment: Mapping[str, str], settings: Settings, *, with_worker: bool) -> None:
+        self._environment = environment
+        self._settings = settings
+        self._with_worker = with_worker
+        self._processes: list[_Process] = []
+
+    def start(self) -> None:
+        """Start every process; return when each API process has opened the port. Errors: ProcessFailed."""
+        api = [_Process("gateway.server", self._environment) for _ in range(self._settings.edge.workers)]
+        self._processes += api
+        if self._with_worker:
+            self._processes.append(_Process("gateway.worker", self._environment))
+        deadline = time.monotonic() + _READY_SECONDS_MAX
+        for process in api:
+            readable, _, _ = select.select([process.ready], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable or not os.read(process.ready, 1):
+                raise ProcessFailed("an API process did not become ready; see the log above")
+
+    def restart_dead(self) -> None:
+        """Start again what has ended, after a pause that grows with each time it fails soon."""
+        now = time.monotonic()
+        for process in self._processes:
+            code = process.running.poll()
+            if code is None:
+                continue
+            if not process.due_at:
+                if now - process.started_at > 60:
+                    process.restarts = 0
+                pause_seconds = min(0.1 * 2**process.restarts, _RESTART_PAUSE_SECONDS_MAX)
+                process.due_at = now + pause_seconds
+                process.restarts += 1
+                _log.error("process.ended", module=process.module, code=code, restarts_in_seconds=pause_seconds)
+            if now >= process.due_at:
+                os.close(process.ready)
+                process.due_at = 0.0
+                process.running = process.spawn()
+
+    def stop(self, signals: _Signals) -> None:
+        """Ask every process to drain; kill what does not end in time, or everything on a second Ctrl-C."""
+        for process in self._processes:
+            process.running.terminate()
+        deadline = time.monotonic() + self._settings.edge.drain_seconds + _STOP_SECONDS_EXTRA
+        while any(process.running.poll() is None for process in self._processes):
+            if signal.SIGINT in signals.wait(0.1) or time.monotonic() > deadline:
+                for process in self._processes:
+                    process.running.kill()
+        for process in self._processes:
+            process.running.wait()
+
+
+def _environment(stores: embedded.Stores) -> dict[str, str]:
+    peppers = ",".join(f"{pepper.id}:{pepper.key.hex()}" for pepper in stores.peppers)
+    return {
+        **os.environ,
+        "DATABASE_URL": stores.database_url,
+        "REDIS_URL": stores.redis_url,
+        "AAP_KEY_PEPPERS": peppers,
+    }
+
+
+def _require_free_port(settings: EdgeSettings) -> None:
+    """Return if nobody listens there: our processes share the port, and a second `aap serve` would join them."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise PortTaken(f"{settings.host}:{settings.port}: {error.strerror}") from None

@@ -1,0 +1,60 @@
+"""The worker process: what must be done once for all gateways, later. `python -m gateway.worker`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from datetime import timedelta
+from typing import Final
+
+import structlog
+import uvloop
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from core.database import Database
+from core.settings import Settings, load
+from core.telemetry import configure_logs
+from keys.secrets import redact
+
+_PRUNE_SECONDS: Final = 3_600.0
+# A gateway reads changes every two seconds; a week leaves room for looking into what happened.
+_CHANGES_KEPT: Final = timedelta(days=7)
+_log = structlog.get_logger(__name__)
+
+
+async def work(settings: Settings) -> None:
+    """Work until SIGTERM or SIGINT. PostgreSQL down: tried again with the next round."""
+    assert settings.database_url is not None
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    database = Database(settings.database_url, connections_max=2)
+    _log.info("worker.started")
+    while not stop.is_set():
+        try:
+            await prune_key_changes(database)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            _log.warning("worker.round_failed", error=type(error).__name__)
+        try:
+            async with asyncio.timeout(_PRUNE_SECONDS):
+                await stop.wait()
+        except TimeoutError:
+            continue
+    await database.close()
+    _log.info("worker.stopped")
+
+
+async def prune_key_changes(database: Database) -> int:
+    """Delete changes that every gateway has long read; return how many."""
+    statement = text("DELETE FROM key_changes WHERE changed_at < now() - CAST(:kept AS interval) RETURNING sequence")
+    async with database.transaction() as session:
+        return len((await session.execute(statement, {"kept": _CHANGES_KEPT})).all())
+
+
+if __name__ == "__main__":
+    _settings = load(os.environ)
+    configure_logs(_settings.log, redact)
+    uvloop.run(work(_settings))

@@ -1,0 +1,180 @@
+"""The story of one call: admit, route, relay, settle. Everything is given back once, however the call ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from inference.attempts import AttemptPolicy, open_answer
+from inference.catalog import Catalog
+from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
+from inference.exchange import Exchange
+from inference.routing import Router
+from inference.upstreams.base import Answer, Upstream
+from inference.upstreams.http1_errors import (
+    BodyTooLarge,
+    ConnectTimedOut,
+    FirstByteTimedOut,
+    IdleTimedOut,
+    TotalTimedOut,
+    UpstreamError,
+)
+from inference.upstreams.sse import SseRelay
+from inference.usage import usage_of
+from inference.wire import ParsedRequest, parse
+from keys.quota import Quota
+
+# An unstreamed answer is held in memory whole; images and large batches of embeddings stay below this.
+ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
+_OUTPUT_TOKENS_MAX_UNKNOWN: Final = 128_000
+_TIMEOUTS: Final = (ConnectTimedOut, FirstByteTimedOut, IdleTimedOut, TotalTimedOut)
+
+
+class Inference:
+    """The governed door to models. One per process."""
+
+    def __init__(
+        self,
+        *,
+        catalog: Callable[[], Catalog],
+        quota: Quota,
+        router: Router,
+        upstreams: Mapping[str, Upstream],
+        on_settled: Callable[[Exchange], None],
+    ) -> None:
+        self._catalog = catalog
+        self._quota = quota
+        self._policy = AttemptPolicy(router, upstreams)
+        self._on_settled = on_settled
+
+    async def open(self, exchange: Exchange, content_type: bytes, body: bytes) -> Call:
+        """Admit the call and bring it to where its first bytes are known to be good.
+
+        Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
+        UpstreamUnreachable, UpstreamTimedOut, NoDeploymentAvailable, ParameterUnsupported.
+        """
+        request = await self._admit(exchange, content_type, body)
+        model = self._catalog().find(exchange.model)
+        if model is None:
+            raise ModelNotFound(exchange.model)
+        try:
+            answer, first = await open_answer(self._policy, exchange, model, request)
+        except UpstreamError as error:
+            raise translated(error) from error
+        return Call(exchange, request, answer, first)
+
+    async def _admit(self, exchange: Exchange, content_type: bytes, body: bytes) -> ParsedRequest:
+        principal = exchange.principal
+        assert principal is not None
+        endpoint = exchange.endpoint
+        principal.require_scope(endpoint.scope)
+        request = parse(endpoint, content_type, body, _OUTPUT_TOKENS_MAX_UNKNOWN)
+        exchange.is_stream = request.is_stream
+        model = self._catalog().find(request.model)
+        if model is None:
+            raise ModelNotFound(request.model)
+        exchange.model = model.name
+        principal.require_model(model.name)
+        output_tokens = min(request.output_tokens, model.output_tokens_max)
+        exchange.tokens_estimated = (request.prompt_tokens, 0)
+        exchange.reservation = await self._quota.reserve(
+            exchange.request_id, principal.plan_for(model.name), request.prompt_tokens, output_tokens
+        )
+        return request
+
+    def settle(self, exchange: Exchange) -> None:
+        """Give back what the call did not use, and report it. Idempotent by the reservation; never fails."""
+        reservation = exchange.reservation
+        if reservation is not None:
+            self._quota.settle(reservation, exchange.input_tokens + exchange.output_tokens)
+        self._on_settled(exchange)
+
+
+class Call:
+    """A call whose answer has begun. Exactly one task reads it."""
+
+    __slots__ = ("_answer", "_exchange", "_first", "_relay", "content_type", "headers", "status")
+
+    def __init__(self, exchange: Exchange, request: ParsedRequest, answer: Answer, first: bytes) -> None:
+        self._exchange = exchange
+        self._answer = answer
+        self._first = first
+        self.status = answer.status
+        self.headers = answer.headers
+        self.content_type = _content_type(answer)
+        is_events = self.content_type.startswith(b"text/event-stream")
+        self._relay = SseRelay(hides_usage=not request.shows_usage) if is_events else None
+        exchange.upstream_status = answer.status
+        # Until the provider reports something better: what went in was read by it, whatever becomes of the rest.
+        exchange.is_estimated = True
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer comes as events."""
+        return self._relay is not None
+
+    async def collect(self) -> bytes:
+        """Return the whole answer. Errors: UpstreamUnreachable, UpstreamTimedOut."""
+        try:
+            body = self._first + await self._answer.read_all(ANSWER_BYTES_MAX)
+        except UpstreamError as error:
+            raise translated(error) from error
+        exchange = self._exchange
+        exchange.outcome = "done"
+        if self.status < 300:
+            exchange.usage = usage_of(body)
+        else:
+            exchange.tokens_estimated = (0, 0)
+        exchange.is_estimated = exchange.usage is None
+        return body
+
+    async def read(self) -> bytes:
+        """Return the next bytes for the caller; b"" at the end. Errors: UpstreamUnreachable, UpstreamTimedOut."""
+        relay = self._relay
+        assert relay is not None
+        while True:
+            first, self._first = self._first, b""
+            try:
+                data = first or await self._answer.read()
+            except UpstreamError as error:
+                self._observe(relay)
+                raise translated(error) from error
+            out = relay.feed(data) if data else relay.finish()
+            self._observe(relay)
+            if not data and self._exchange.outcome == "refused":
+                self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
+            if out or not data:
+                return out
+
+    def abort(self) -> None:
+        """Stop the provider at once."""
+        self._answer.abort()
+
+    def _observe(self, relay: SseRelay) -> None:
+        exchange = self._exchange
+        if relay.usage is not None:
+            exchange.usage = relay.usage
+            exchange.is_estimated = False
+        else:
+            exchange.tokens_estimated = (exchange.tokens_estimated[0], relay.events)
+        if relay.error is not None:
+            exchange.error_code = "upstream_error_after_first_byte"
+
+
+def _content_type(answer: Answer) -> bytes:
+    for name, value in answer.headers:
+        if name == b"content-type":
+            return value
+    return b"application/json"
+
+
+def translated(error: UpstreamError) -> UpstreamUnreachable | UpstreamTimedOut:
+    """Return an upstream's failure as the caller may see it; the reason goes to the log."""
+    if isinstance(error, _TIMEOUTS):
+        found: UpstreamUnreachable | UpstreamTimedOut = UpstreamTimedOut()
+    elif isinstance(error, BodyTooLarge):
+        found = UpstreamUnreachable("The model's provider sent an answer that is too large.")
+    else:
+        found = UpstreamUnreachable()
+    found.add_note(f"{type(error).__name__}: {error}")
+    return found

@@ -1,0 +1,166 @@
+"""Our own HTTP/1.1 client for calls to upstreams: asyncio Protocols and httptools, a keep-alive pool per origin.
+
+It exists because a request through a general client costs more CPU than all the rest of the gateway
+(`docs/performance.md`). It speaks HTTP/1.1 only, follows no redirect, decodes no body, keeps no cookie.
+
+    client = Http1Client(limits=ConnectionLimits(), proxies=ProxySettings.from_environ(os.environ))
+    response = await client.send(UpstreamRequest(...), deadlines)     # the head is there
+    while piece := await response.read(): ...                         # b"" is the clean end
+    await client.close()
+
+What may be raised, from `send` and from the response's reads (drawn in full in `http1_errors.py`):
+
+    UpstreamError
+    ├── ConnectFailed, ConnectTimedOut                    the upstream saw nothing: another may be asked
+    ├── FirstByteTimedOut, IdleTimedOut, TotalTimedOut    it may have worked
+    ├── ConnectionLost, ProtocolViolated                  it answered badly or not to the end
+    └── BodyTooLarge                                      from `read_all` only
+"""
+
+import asyncio
+import ssl
+
+import certifi
+
+from inference.upstreams.connections import ConnectionLimits, OriginPool, closed_error
+from inference.upstreams.http1_connection import ConnectionCounters, Http1Connection
+from inference.upstreams.http1_dial import Route
+from inference.upstreams.http1_errors import (
+    BodyTooLarge,
+    ConnectFailed,
+    ConnectionLost,
+    ConnectTimedOut,
+    FirstByteTimedOut,
+    IdleTimedOut,
+    ProtocolViolated,
+    TotalTimedOut,
+    UpstreamError,
+)
+from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest, encode_head, parse_base_url
+from inference.upstreams.http1_proxies import Proxy, ProxySettings
+from inference.upstreams.http1_response import Http1Response
+
+# The one door of this package: the modules behind it are split by size and may move.
+__all__ = [
+    "BodyTooLarge",
+    "ConnectFailed",
+    "ConnectTimedOut",
+    "ConnectionLimits",
+    "ConnectionLost",
+    "Deadlines",
+    "FirstByteTimedOut",
+    "Http1Client",
+    "Http1Response",
+    "IdleTimedOut",
+    "Origin",
+    "ProtocolViolated",
+    "Proxy",
+    "ProxySettings",
+    "TotalTimedOut",
+    "UpstreamError",
+    "UpstreamRequest",
+    "parse_base_url",
+]
+
+
+class Http1Client:
+    """Sends requests to any number of origins. It belongs to one event loop: the one that first sends."""
+
+    __slots__ = ("_counters", "_is_closed", "_limits", "_pools", "_proxies", "_tls")
+
+    def __init__(
+        self,
+        *,
+        limits: ConnectionLimits,
+        tls: ssl.SSLContext | None = None,
+        proxies: ProxySettings | None = None,
+    ) -> None:
+        """*tls* replaces the default context (certifi's roots, hostname check); its ALPN is set to http/1.1 here."""
+        self._limits = limits
+        self._proxies = proxies or ProxySettings()
+        self._tls = tls or ssl.create_default_context(cafile=certifi.where())
+        self._tls.set_alpn_protocols(["http/1.1"])
+        self._counters = ConnectionCounters()
+        self._pools: dict[Origin, OriginPool] = {}
+        self._is_closed = False
+
+    @property
+    def connections_open(self) -> int:
+        """Sockets open now, idle or busy."""
+        return self._counters.connections_open
+
+    @property
+    def connections_idle(self) -> int:
+        """Connections waiting in the pools."""
+        return self._counters.connections_idle
+
+    @property
+    def requests_reused(self) -> int:
+        """Requests that went out on a connection used before, since the start."""
+        return self._counters.requests_reused
+
+    @property
+    def requests_retried_stale(self) -> int:
+        """Requests sent a second time because the reused connection turned out closed, since the start."""
+        return self._counters.requests_retried_stale
+
+    async def send(self, request: UpstreamRequest, deadlines: Deadlines) -> Http1Response:
+        """Send *request* and return when the response head is there; the body may still be arriving.
+
+        A request on a reused connection that ends before any byte of the response is sent once more, on a fresh one.
+        For a POST that starts paid work this is acceptable: the upstream's close of an idle connection crossed our
+        write, so it never read the request. An upstream that had begun to work would answer; one that fails does so
+        with a byte of an answer, on a fresh connection, or by silence, and none of these is retried here.
+        Cancellation closes the connection.
+        Errors: every `UpstreamError` but IdleTimedOut and BodyTooLarge; ValueError for a request that breaks its lines.
+        """
+        now = asyncio.get_running_loop().time()
+        total_at = now + deadlines.total_seconds
+        pool = self._pools.get(request.origin) or self._open_pool(request.origin)
+        head = encode_head(request, pool.target_prefix, pool.fixed_lines)
+        connection = pool.take_idle(now)
+        if connection is None:
+            connection = await acquire(pool, now + deadlines.connect_seconds, total_at, is_fresh=False)
+        is_reused = connection.exchanges_count > 0
+        is_head_only = request.method == b"HEAD"
+        self._counters.requests_reused += is_reused
+        while True:
+            waiter = connection.start(
+                head, request.body, is_head_only=is_head_only, deadlines=deadlines, total_at=total_at
+            )
+            try:
+                return await waiter
+            except ConnectionLost as lost:
+                if lost.response_started or not is_reused:
+                    raise
+            except asyncio.CancelledError:
+                connection.withdraw(waiter)
+                raise
+            self._counters.requests_retried_stale += 1
+            is_reused = False
+            connect_at = asyncio.get_running_loop().time() + deadlines.connect_seconds
+            connection = await acquire(pool, connect_at, total_at, is_fresh=True)
+
+    async def close(self) -> None:
+        """Close all connections, busy ones too, and return when the sockets are closed. Idempotent."""
+        self._is_closed = True
+        for pool in tuple(self._pools.values()):
+            pool.close()
+        await self._counters.wait_until_all_closed()
+
+    def _open_pool(self, origin: Origin) -> OriginPool:
+        if self._is_closed:
+            raise closed_error()
+        route = Route(origin, self._proxies.proxy_for(origin), self._tls if origin.scheme == "https" else None)
+        pool = self._pools[origin] = OriginPool(route, self._limits, self._counters)
+        return pool
+
+
+async def acquire(pool: OriginPool, connect_at: float, total_at: float, *, is_fresh: bool) -> Http1Connection:
+    """Return a connection within both deadlines. Errors: ConnectFailed, ConnectTimedOut, TotalTimedOut."""
+    try:
+        return await pool.acquire(min(connect_at, total_at), is_fresh=is_fresh)
+    except ConnectTimedOut:
+        if total_at > connect_at:
+            raise
+        raise TotalTimedOut(f"No connection to {pool.origin_address} within the total deadline.") from None

@@ -1,0 +1,69 @@
+"""Providers that speak OpenAI's wire format: the caller's bytes go there, and theirs come back."""
+
+from __future__ import annotations
+
+import msgspec
+
+from core.version import VERSION
+from inference.catalog import Provider
+from inference.upstreams.base import Answer, UpstreamCall
+from inference.upstreams.http1 import Http1Client
+from inference.upstreams.http1_messages import Origin, UpstreamRequest, parse_base_url
+
+_USER_AGENT = b"aap-gateway/" + VERSION.encode()
+
+
+class _Target(msgspec.Struct, frozen=True):
+    """What never changes between calls to one provider."""
+
+    origin: Origin
+    path_prefix: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+
+class OpenAIHttp:
+    """Calls OpenAI-compatible providers over our own HTTP/1.1 client (decision 0002)."""
+
+    def __init__(self, client: Http1Client) -> None:
+        self._client = client
+        self._targets: dict[int, tuple[Provider, _Target]] = {}
+
+    async def open(self, call: UpstreamCall) -> Answer:
+        """Send the call; return when the answer's head is there. Errors: UpstreamError."""
+        deployment = call.deployment
+        target = self._target(deployment.provider)
+        request = call.request
+        return await self._client.send(
+            UpstreamRequest(
+                target.origin,
+                b"POST",
+                target.path_prefix + call.endpoint.path.encode(),
+                (*target.headers, (b"content-type", request.content_type)),
+                request.upstream_body(deployment.model),
+            ),
+            deployment.deadlines,
+        )
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._client.close()
+
+    def _target(self, provider: Provider) -> _Target:
+        # By identity, with the provider kept beside it: a reload makes new ones, perhaps at old addresses.
+        known = self._targets.get(id(provider))
+        if known is not None and known[0] is provider:
+            return known[1]
+        if len(self._targets) > 1_000:
+            self._targets.clear()
+        target = _target_of(provider)
+        self._targets[id(provider)] = (provider, target)
+        return target
+
+
+def _target_of(provider: Provider) -> _Target:
+    origin, prefix = parse_base_url(provider.settings.base_url or "")
+    headers = [(b"accept", b"application/json, text/event-stream"), (b"user-agent", _USER_AGENT)]
+    if provider.api_key is not None:
+        headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
+    headers += [(name.lower().encode(), value.encode()) for name, value in provider.settings.headers.items()]
+    return _Target(origin, prefix, tuple(headers))

@@ -1,0 +1,63 @@
+"""What a provider says an answer took. OpenAI's field names; disjoint dimensions are the ledger's business."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+
+class PromptDetails(msgspec.Struct, frozen=True):
+    """Parts of the prompt's tokens."""
+
+    cached_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class CompletionDetails(msgspec.Struct, frozen=True):
+    """Parts of the answer's tokens."""
+
+    reasoning_tokens: int | None = None
+    audio_tokens: int | None = None
+
+
+class TokenUsage(msgspec.Struct, frozen=True):
+    """Token counts as reported. Images and transcriptions report `input_tokens` and `output_tokens` instead."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    total_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: PromptDetails | None = None
+    completion_tokens_details: CompletionDetails | None = None
+
+    @property
+    def input_count(self) -> int:
+        """Tokens that went in."""
+        return max(0, self.prompt_tokens or self.input_tokens or 0)
+
+    @property
+    def output_count(self) -> int:
+        """Tokens that came out."""
+        return max(0, self.completion_tokens or self.output_tokens or 0)
+
+    @property
+    def total_count(self) -> int:
+        """Tokens in and out. A provider's own total is not trusted over its parts."""
+        return self.input_count + self.output_count
+
+
+class _Answer(msgspec.Struct):
+    usage: TokenUsage | None = None
+
+
+_answer: Final = msgspec.json.Decoder(_Answer)
+
+
+def usage_of(body: bytes) -> TokenUsage | None:
+    """Return the usage that an unstreamed answer reports, None when it reports none that can be read."""
+    try:
+        return _answer.decode(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -1,0 +1,183 @@
+"""What we read of a request; everything else passes through as it came.
+
+A JSON body is taken apart at its top level only. What goes upstream is put together again from those parts, never the
+caller's bytes: a body with two `model` keys must not be read one way here and another way there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+import multipart
+from multipart import MultipartError, MultipartSegment, PushMultipartParser
+
+from inference.endpoints import Endpoint
+from inference.errors import BodyInvalid
+from inference.tokens import estimate_output_tokens, estimate_prompt_tokens
+
+Fields = dict[str, msgspec.Raw]
+_T = TypeVar("_T")
+_fields: Final = msgspec.json.Decoder(Fields)
+_text: Final = msgspec.json.Decoder(str)
+_flag: Final = msgspec.json.Decoder(bool | None)
+_encode: Final = msgspec.json.Encoder().encode
+_MODEL_LENGTH_MAX: Final = 256
+_USAGE_ASKED: Final = msgspec.Raw(b'{"include_usage":true}')
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """The part of `stream_options` that concerns us."""
+
+    include_usage: bool | None = None
+
+
+_stream_options: Final = msgspec.json.Decoder(StreamOptions | None)
+
+
+class ParsedRequest:
+    """A request as far as we understand it."""
+
+    __slots__ = (
+        "_body",
+        "_content_type",
+        "_fields",
+        "is_stream",
+        "model",
+        "output_tokens",
+        "prompt_tokens",
+        "shows_usage",
+    )
+
+    def __init__(self, fields: Fields | None, body: bytes, content_type: bytes) -> None:
+        self._fields = fields
+        self._body = body
+        self._content_type = content_type
+        self.model = ""
+        self.is_stream = False
+        self.shows_usage = True
+        self.prompt_tokens = 0
+        self.output_tokens = 0
+
+    @property
+    def content_type(self) -> bytes:
+        """The media type of `upstream_body`."""
+        return self._content_type
+
+    def upstream_body(self, model: str) -> bytes:
+        """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
+        if self._fields is None:
+            return self._body
+        fields = self._fields
+        if model != self.model:
+            fields["model"] = msgspec.Raw(_encode(model))
+        return _encode(fields)
+
+    def decoded(self) -> dict[str, Any]:
+        """Return the whole body decoded, for upstreams that translate it. Errors: BodyInvalid."""
+        if self._fields is None:
+            raise BodyInvalid("This model does not accept multipart forms.")
+        return _decode(msgspec.json.Decoder(dict[str, Any]), _encode(self._fields), "body")
+
+
+def parse(endpoint: Endpoint, content_type: bytes, body: bytes, output_tokens_max: int) -> ParsedRequest:
+    """Read what we need of *body*. Errors: BodyInvalid, in OpenAI's words where it has them."""
+    if endpoint.body == "form":
+        return _parse_form(content_type, body)
+    fields = _decode_fields(body)
+    request = ParsedRequest(fields, body, b"application/json")
+    request.model = _model(fields)
+    if endpoint.can_stream and "stream" in fields:
+        request.is_stream = bool(_decode(_flag, fields["stream"], "stream"))
+    request.prompt_tokens = estimate_prompt_tokens(fields, len(body))
+    if endpoint.generates_tokens:
+        request.output_tokens = estimate_output_tokens(fields, output_tokens_max)
+    if request.is_stream and endpoint.has_usage_option:
+        _ask_for_usage(request, fields)
+    return request
+
+
+def _ask_for_usage(request: ParsedRequest, fields: Fields) -> None:
+    """Ask the provider for usage on every stream; remember whether the caller wants to see it."""
+    raw = fields.get("stream_options")
+    if raw is None:
+        request.shows_usage = False
+        fields["stream_options"] = _USAGE_ASKED
+        return
+    options = _decode(_stream_options, raw, "stream_options")
+    request.shows_usage = bool(options and options.include_usage)
+    if not request.shows_usage:
+        others = _decode(_fields, raw, "stream_options") if options is not None else {}
+        fields["stream_options"] = msgspec.Raw(_encode({**others, "include_usage": True}))
+
+
+def _decode_fields(body: bytes) -> Fields:
+    try:
+        return _fields.decode(body)
+    except msgspec.ValidationError:
+        raise BodyInvalid("Invalid body: expected a JSON object.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise BodyInvalid("We could not parse the JSON body of your request.") from None
+    except RecursionError:
+        raise BodyInvalid("We could not parse the JSON body of your request: it is nested too deeply.") from None
+
+
+def _model(fields: Fields) -> str:
+    raw = fields.get("model")
+    if raw is None:
+        raise BodyInvalid("you must provide a model parameter")
+    return checked_model(_decode(_text, raw, "model"))
+
+
+def checked_model(model: str) -> str:
+    """Return *model* if it could be a model's name. Errors: BodyInvalid."""
+    if not model or len(model) > _MODEL_LENGTH_MAX or not model.isprintable():
+        raise BodyInvalid("Invalid value for 'model'.", param="model")
+    return model
+
+
+def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: str) -> _T:
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise BodyInvalid(f"Invalid type or value for '{name}'.", param=name) from None
+
+
+def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
+    """Find the model in a multipart form; the form itself goes upstream as it is.
+
+    A second `model` part is refused: the provider might read the other one.
+    """
+    request = ParsedRequest(None, body, content_type)
+    values = _form_texts(content_type, body, {"model", "stream"})
+    models = values.get("model", [])
+    if not models:
+        raise BodyInvalid("you must provide a model parameter")
+    if len(models) > 1 or len(values.get("stream", [])) > 1:
+        raise BodyInvalid("Invalid form: a field is given twice.", param="model")
+    request.model = checked_model(models[0])
+    request.is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
+    return request
+
+
+def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, list[str]]:
+    header: tuple[str, dict[str, str]] = cast("Any", multipart).parse_options_header(content_type.decode("latin-1"))
+    kind, boundary = header[0], header[1].get("boundary", "")
+    if kind.lower() != "multipart/form-data" or not boundary:
+        raise BodyInvalid("Invalid form: expected multipart/form-data with a boundary.")
+    found: dict[str, list[str]] = {}
+    chunks: list[bytes] | None = None
+    segment: MultipartSegment | None = None
+    try:
+        with PushMultipartParser(boundary, content_length=len(body), max_segment_count=64) as parser:
+            for part in parser.parse(body):
+                if isinstance(part, MultipartSegment):
+                    segment = part
+                    chunks = [] if part.name in names and not part.filename else None
+                elif part is not None and chunks is not None:
+                    chunks.append(bytes(part[: _MODEL_LENGTH_MAX + 1]))
+                elif part is None and chunks is not None and segment is not None:
+                    found.setdefault(str(segment.name), []).append(b"".join(chunks).decode())
+    except (MultipartError, UnicodeDecodeError):
+        raise BodyInvalid("Invalid form: it could not be parsed.") from None
+    return found

@@ -1,0 +1,151 @@
+"""What can go wrong when somebody calls.
+
+AppError
+├── Unauthenticated
+│   ├── KeyMissing      no credential was sent
+│   └── KeyIncorrect    malformed, unknown, expired or revoked
+├── Forbidden
+│   ├── AddressNotAllowed   the key does not work from this address
+│   ├── ModelNotAllowed     the key may not use this model
+│   └── ScopeMissing        the key may not do this
+├── Invalid
+│   └── RequestTooLarge     can never fit into a token limit
+├── Conflict
+│   └── KeyRevoked          a revoked key stays revoked
+├── NotFound
+│   └── TenantNotFound      no such organization, project or key of yours
+├── RateLimited
+│   ├── RateLimitReached    a limit on requests, tokens or concurrency
+│   └── TooManyFailures     too many wrong keys from one address
+└── Unavailable
+    └── AuthenticationUnavailable   nobody can tell who is calling just now
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from core.errors import Conflict, Forbidden, Invalid, NotFound, RateLimited, Unauthenticated, Unavailable
+
+
+class KeyMissing(Unauthenticated):
+    """No credential was sent."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer "
+            "auth (i.e. Authorization: Bearer YOUR_KEY)."
+        )
+
+
+class KeyIncorrect(Unauthenticated):
+    """The key is malformed, unknown, expired or revoked. The reason is told only to who holds the secret."""
+
+    code = "invalid_api_key"
+
+    def __init__(self, hint: str, reason: str = "") -> None:
+        super().__init__(f"Incorrect API key provided: {hint}.{' ' + reason if reason else ''}")
+
+
+class AddressNotAllowed(Forbidden):
+    """The key is right, and does not work from this address."""
+
+    code = "ip_not_authorized"
+
+    def __init__(self) -> None:
+        super().__init__("This API key may not be used from your IP address.")
+
+
+class ModelNotAllowed(Forbidden):
+    """The key may not use this model."""
+
+    code = "model_not_allowed"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"This API key does not have access to model `{model}`.", param="model")
+
+
+class ScopeMissing(Forbidden):
+    """The key may not do this."""
+
+    code = "insufficient_permissions"
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"You have insufficient permissions for this operation. Missing scopes: {scope}.")
+
+
+class RequestTooLarge(Invalid):
+    """The prompt alone is larger than a limit of tokens: no waiting helps."""
+
+    code = "request_too_large"
+
+    def __init__(self, *, scope: str, limit_tokens: int, requested_tokens: int) -> None:
+        super().__init__(
+            f"Request too large: it needs about {requested_tokens} tokens, and the {scope} limit is {limit_tokens}. "
+            "Shorten the input, or have the limit raised."
+        )
+
+
+class KeyRevoked(Conflict):
+    """A revoked key stays revoked: make a new one."""
+
+    code = "key_revoked"
+
+    def __init__(self) -> None:
+        super().__init__("This API key is revoked. Create a new one.")
+
+
+class TenantNotFound(NotFound):
+    """No such organization, project or key, or not yours: the answer is the same."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"No such {what}.")
+
+
+class RateLimitReached(RateLimited):
+    """A limit is reached. *dimension* and *scope* say which one; *retry_after_seconds* when there is room again."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, *, scope: str, dimension: str, limit: int, retry_after_seconds: float) -> None:
+        words = dimension.replace("_", " ")
+        super().__init__(
+            f"Rate limit reached for this {scope}: limit of {limit} {words}. "
+            f"Please try again in {retry_after_seconds:.3g}s.",
+            param=f"{scope}.{dimension}",
+            retry_after_seconds=retry_after_seconds,
+        )
+        self.scope = scope
+        self.dimension = dimension
+        self.limit = limit
+        # For the caller's headers (keys.limits.Window); None where no such limit holds.
+        self.requests: Any = None
+        self.tokens: Any = None
+
+    def again(self, retry_after_seconds: float) -> RateLimitReached:
+        """Return the same denial with the wait that is left."""
+        error = RateLimitReached(
+            scope=self.scope, dimension=self.dimension, limit=self.limit, retry_after_seconds=retry_after_seconds
+        )
+        error.requests, error.tokens = self.requests, self.tokens
+        return error
+
+
+class TooManyFailures(RateLimited):
+    """One address sent too many wrong keys."""
+
+    code = "too_many_failed_authentications"
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__(
+            "Too many requests with incorrect API keys from your address.", retry_after_seconds=retry_after_seconds
+        )
+
+
+class AuthenticationUnavailable(Unavailable):
+    """The key store is down and the local cache cannot be trusted: refused, never guessed."""
+
+    code = "authentication_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("API keys cannot be checked just now. Please try again.", retry_after_seconds=1)

@@ -1,0 +1,161 @@
+"""Limits of requests, tokens and concurrency, and which of them hold for one call."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, Literal
+
+import msgspec
+
+from core.ids import KeyId, OrganizationId, ProjectId
+from core.resp import Packed, pack
+from keys.errors import RateLimitReached
+
+LimitScope = Literal["key", "project", "organization", "model"]
+Dimension = Literal[
+    "requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrent_requests"
+]
+DIMENSIONS: Final[tuple[Dimension, ...]] = (
+    "requests_per_minute",
+    "requests_per_day",
+    "tokens_per_minute",
+    "tokens_per_day",
+    "concurrent_requests",
+)
+# Lua counts in doubles. A minute's bucket counts in 1/60,000 of a token (so that a millisecond refills a whole number
+# of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
+LIMIT_MAX: Final = 10**11
+
+
+class RateLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Limits of one scope; None is no limit."""
+
+    requests_per_minute: int | None = None
+    requests_per_day: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    concurrent_requests: int | None = None
+
+    def over(self, defaults: RateLimits) -> RateLimits:
+        """Return these limits, with *defaults* where there is none."""
+        values = {name: getattr(self, name) for name in DIMENSIONS}
+        return RateLimits(**{n: getattr(defaults, n) if v is None else v for n, v in values.items()})
+
+    def as_tuple(self) -> tuple[int | None, ...]:
+        """Return the limits in the order of DIMENSIONS."""
+        return tuple(getattr(self, name) for name in DIMENSIONS)
+
+
+# Below what a fresh installation's stores and one provider account carry, and far above what a first user needs.
+DEFAULT_ORGANIZATION_LIMITS: Final = RateLimits(
+    requests_per_minute=10_000, tokens_per_minute=10_000_000, concurrent_requests=1_000
+)
+
+
+class DefaultLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The `[limits]` table of aap.toml: what holds where nothing else was set."""
+
+    organization: RateLimits = DEFAULT_ORGANIZATION_LIMITS
+    project: RateLimits = RateLimits()
+    key: RateLimits = RateLimits()
+    model: dict[str, RateLimits] = {}
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the numbers, one line each."""
+        scopes = {"organization": self.organization, "project": self.project, "key": self.key}
+        scopes |= {f"model.{name}": limits for name, limits in self.model.items()}
+        return [
+            f"limits.{scope}.{name}: expected a whole number from 1 to {LIMIT_MAX}, got {value}"
+            for scope, limits in scopes.items()
+            for name, value in zip(DIMENSIONS, limits.as_tuple(), strict=True)
+            if value is not None and not 1 <= value <= LIMIT_MAX
+        ]
+
+
+class Window(msgspec.Struct, frozen=True, gc=False):
+    """What a caller's headers say of requests or tokens: the limit, what remains, milliseconds until it is full."""
+
+    limit: int
+    remaining: int
+    reset_ms: int
+
+
+class ScopedLimits(msgspec.Struct, frozen=True):
+    """The limits of one scope of one call. *id* names its bucket."""
+
+    scope: LimitScope
+    id: str
+    limits: RateLimits
+
+
+class QuotaPlan:
+    """All limits that hold for one key on one model, encoded for the script once and used for every call."""
+
+    __slots__ = (
+        "denial",
+        "denied_until_seconds",
+        "fixed",
+        "keys",
+        "names",
+        "organization_id",
+        "scopes",
+        "tag",
+        "tokens_max",
+        "tokens_scope",
+    )
+
+    def __init__(self, organization_id: OrganizationId, scopes: list[ScopedLimits]) -> None:
+        # Scopes without any limit cost nothing: they are not sent.
+        self.scopes = [scoped for scoped in scopes if any(v is not None for v in scoped.limits.as_tuple())]
+        self.organization_id = organization_id
+        # All keys of one organization share a hash tag, so that they live on one node of a cluster.
+        self.tag = b"q:{%b}:" % organization_id.encode()
+        self.names = [f"{scoped.scope}:{scoped.id}" for scoped in self.scopes]
+        self.keys = _pack_keys(self.tag, self.names)
+        self.fixed = _pack_limits(self.scopes)
+        smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
+        self.tokens_max, self.tokens_scope = smallest
+        # Set by the quota while a limit of requests is known to be exhausted.
+        self.denied_until_seconds = 0.0
+        self.denial: RateLimitReached | None = None
+
+    @classmethod
+    def for_call(
+        cls,
+        *,
+        organization: tuple[OrganizationId, RateLimits],
+        project: tuple[ProjectId, RateLimits],
+        key: tuple[KeyId, RateLimits],
+        model: tuple[str, RateLimits],
+    ) -> QuotaPlan:
+        """Return the plan for one key on one model."""
+        return cls(
+            organization[0],
+            [
+                ScopedLimits("key", key[0], key[1]),
+                ScopedLimits("project", project[0], project[1]),
+                ScopedLimits("organization", organization[0], organization[1]),
+                ScopedLimits("model", model[0], model[1]),
+            ],
+        )
+
+
+def _pack_keys(tag: bytes, names: list[str]) -> Packed:
+    keys: list[bytes] = []
+    for name in names:
+        keys += (tag + b"b:" + name.encode(), tag + b"c:" + name.encode())
+    return pack(keys)
+
+
+def _pack_limits(scopes: list[ScopedLimits]) -> Packed:
+    numbers = [-1 if value is None else value for scoped in scopes for value in scoped.limits.as_tuple()]
+    return pack([b"%d" % number for number in (len(scopes), *numbers)])
+
+
+def _token_limits(scopes: list[ScopedLimits]) -> list[tuple[float, str]]:
+    return [
+        (limit, f"{scoped.scope} {name.replace('_', ' ')}")
+        for scoped in scopes
+        for name, limit in zip(DIMENSIONS[2:4], scoped.limits.as_tuple()[2:4], strict=True)
+        if limit is not None
+    ]

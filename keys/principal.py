@@ -1,0 +1,122 @@
+"""An authenticated caller, with everything that the hot path needs to know about it."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from core.ids import KeyId, OrganizationId, ProjectId, SecretId
+from core.settings import Network
+from keys.errors import AddressNotAllowed, ModelNotAllowed, ScopeMissing
+from keys.limits import QuotaPlan, RateLimits
+
+_PLANS_PER_PRINCIPAL_MAX = 256
+
+
+class Grants:
+    """What a key may do, as the database had it."""
+
+    __slots__ = ("ip_networks", "models", "scopes")
+
+    def __init__(
+        self, *, scopes: frozenset[str], models: frozenset[str] | None, ip_networks: tuple[Network, ...] | None
+    ) -> None:
+        self.scopes = scopes
+        self.models = models
+        self.ip_networks = ip_networks
+
+
+class Limits:
+    """The limits of a caller's key, project and organization, and those of models in that organization."""
+
+    __slots__ = ("key", "model", "organization", "project")
+
+    def __init__(
+        self,
+        *,
+        key: RateLimits,
+        project: RateLimits,
+        organization: RateLimits,
+        model: dict[str, RateLimits],
+    ) -> None:
+        self.key = key
+        self.project = project
+        self.organization = organization
+        self.model = model
+
+
+class Principal:
+    """One secret of one key. Immutable but for the plans that it builds on demand.
+
+    *usable_until_seconds* is an epoch time: the earlier of the key's expiry and the end of the secret's grace period.
+    It is checked on every call, so a deadline is exact on every gateway, cached or not.
+    """
+
+    __slots__ = (
+        "disconnect_policy",
+        "grants",
+        "key_id",
+        "limits",
+        "organization_id",
+        "plans",
+        "project_id",
+        "secret_id",
+        "usable_until_seconds",
+    )
+
+    def __init__(
+        self,
+        *,
+        ids: tuple[OrganizationId, ProjectId, KeyId, SecretId],
+        grants: Grants,
+        limits: Limits,
+        usable_until_seconds: float,
+        disconnect_policy: str,
+    ) -> None:
+        self.organization_id, self.project_id, self.key_id, self.secret_id = ids
+        self.grants = grants
+        self.limits = limits
+        self.usable_until_seconds = usable_until_seconds
+        self.disconnect_policy = disconnect_policy
+        self.plans: dict[str, QuotaPlan] = {}
+
+    def plan_for(self, model: str) -> QuotaPlan:
+        """Return the limits that hold for this caller on *model*, a name of the catalog."""
+        plan = self.plans.get(model)
+        if plan is None:
+            if len(self.plans) >= _PLANS_PER_PRINCIPAL_MAX:
+                self.plans.clear()
+            limits = self.limits
+            plan = self.plans[model] = QuotaPlan.for_call(
+                organization=(self.organization_id, limits.organization),
+                project=(self.project_id, limits.project),
+                key=(self.key_id, limits.key),
+                model=(model, limits.model.get(model, RateLimits())),
+            )
+        return plan
+
+    def require_scope(self, scope: str) -> None:
+        """Return if the key has *scope*. Errors: ScopeMissing."""
+        if scope not in self.grants.scopes:
+            raise ScopeMissing(scope)
+
+    def may_use_model(self, model: str) -> bool:
+        """Tell whether the key's allow-list (if it has one) names *model*, after aliases were resolved."""
+        return self.grants.models is None or model in self.grants.models
+
+    def require_model(self, model: str) -> None:
+        """Return if the key may use *model*. Errors: ModelNotAllowed."""
+        if not self.may_use_model(model):
+            raise ModelNotAllowed(model)
+
+    def require_address(self, address: str) -> None:
+        """Return if the key works from *address*. Errors: AddressNotAllowed, also for an address that is none."""
+        networks = self.grants.ip_networks
+        if networks is None:
+            return
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            raise AddressNotAllowed from None
+        mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
+        if not any((mapped or parsed) in network for network in networks):
+            raise AddressNotAllowed

@@ -1,0 +1,149 @@
+"""Rate limits: reserve what a call may use, settle what it did use. One script call each, exact across processes.
+
+When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
+together stay near the limit; a settlement that cannot be sent leaves the reservation taken (the safe side) and the
+concurrency lease to expire.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib.resources import files
+from typing import Final
+
+from core.redis import Scripts
+from core.resp import RedisUnavailable, Reply, Script, ScriptCall
+from keys.errors import RateLimitReached, RequestTooLarge
+from keys.limits import DIMENSIONS, QuotaPlan, Window
+from keys.local_quota import LocalQuota
+
+_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
+# A crashed gateway's slots come back after this long; a living one renews after a third of it.
+LEASE_SECONDS: Final = 60
+_LEASE_MS: Final = b"%d" % (LEASE_SECONDS * 1000)
+
+
+class Reservation:
+    """What was set aside for one call. Given back by `settle`, once, however the call ends."""
+
+    __slots__ = ("is_local", "is_settled", "plan", "request_id", "requests", "reserved_at", "tokens", "tokens_window")
+
+    def __init__(self, request_id: str, plan: QuotaPlan, tokens: int) -> None:
+        self.request_id = request_id
+        self.plan = plan
+        self.tokens = tokens
+        self.requests: Window | None = None
+        self.tokens_window: Window | None = None
+        self.is_local = False
+        self.is_settled = False
+        self.reserved_at = time.monotonic()
+
+
+class Quota:
+    """Reserves and settles. Counts how often the local fallback had to decide."""
+
+    def __init__(self, scripts: Scripts, local: LocalQuota) -> None:
+        self._scripts = scripts
+        self._local = local
+        self.local_decisions = 0
+        self.unsent_settlements = 0
+
+    async def reserve(self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int) -> Reservation:
+        """Set aside one request, its tokens and a slot, in every scope of *plan*, or nothing at all.
+
+        The output's share is cut to the smallest token limit: an estimate must not refuse what could fit
+        (BerriAI/litellm#29191). Redis down: decided by this process alone, at its share of the limit.
+        Errors: RateLimitReached; RequestTooLarge when the prompt alone can never fit.
+        """
+        tokens = prompt_tokens + output_tokens
+        if tokens > plan.tokens_max:
+            if prompt_tokens > plan.tokens_max:
+                limit = int(plan.tokens_max)
+                raise RequestTooLarge(scope=plan.tokens_scope, limit_tokens=limit, requested_tokens=prompt_tokens)
+            tokens = int(plan.tokens_max)
+        reservation = Reservation(request_id, plan, tokens)
+        if not plan.scopes:
+            return reservation
+        if plan.denied_until_seconds:
+            _deny_again(plan)
+        try:
+            reply = await self._scripts.run(_call(reservation, b"reserve", tokens))
+        except RedisUnavailable:
+            return self._reserve_locally(reservation)
+        if not reply[0]:
+            raise _denied(plan, reply)
+        reservation.requests = _window(reply, 4)
+        reservation.tokens_window = _window(reply, 7)
+        return reservation
+
+    def settle(self, reservation: Reservation, tokens_used: int | None) -> None:
+        """Give back what was reserved and not used, and the slot. Idempotent; never waits, never fails.
+
+        None keeps the tokens as reserved. More than reserved leaves the buckets in debt.
+        """
+        if reservation.is_settled:
+            return
+        reservation.is_settled = True
+        if reservation.is_local:
+            self._local.settle(reservation.plan, reservation.tokens, tokens_used)
+        if not reservation.plan.scopes:
+            return
+        try:
+            # Also after a local decision: Redis may have run a reservation whose answer came too late.
+            self._scripts.run_and_forget(_call(reservation, b"settle", -1 if tokens_used is None else tokens_used))
+        except RedisUnavailable:
+            self.unsent_settlements += 1
+
+    def renew(self, reservations: list[Reservation]) -> None:
+        """Keep the concurrency slots of calls that are still running. Redis down: nothing to renew there."""
+        for reservation in reservations:
+            if not reservation.is_settled and not reservation.is_local and reservation.plan.scopes:
+                try:
+                    self._scripts.run_and_forget(_call(reservation, b"renew", 0))
+                except RedisUnavailable:
+                    return
+
+    def _reserve_locally(self, reservation: Reservation) -> Reservation:
+        self.local_decisions += 1
+        self._local.reserve(reservation.plan, reservation.tokens)
+        reservation.is_local = True
+        return reservation
+
+
+def _denied(plan: QuotaPlan, reply: Reply) -> RateLimitReached:
+    index = reply[1] - 1
+    dimension = DIMENSIONS[index % 5]
+    wait_seconds = reply[2] / 1000
+    error = RateLimitReached(
+        scope=plan.scopes[index // 5].scope, dimension=dimension, limit=reply[3], retry_after_seconds=wait_seconds
+    )
+    error.requests, error.tokens = _window(reply, 4), _window(reply, 7)
+    if dimension.startswith("requests"):
+        # Requests are never given back: until the refill nothing can be admitted, and Redis need not be asked.
+        plan.denied_until_seconds = time.monotonic() + wait_seconds
+        plan.denial = error
+    return error
+
+
+def _deny_again(plan: QuotaPlan) -> None:
+    left_seconds = plan.denied_until_seconds - time.monotonic()
+    if left_seconds <= 0 or plan.denial is None:
+        plan.denied_until_seconds, plan.denial = 0.0, None
+        return
+    raise plan.denial.again(left_seconds)
+
+
+def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
+    plan = reservation.plan
+    request_id = reservation.request_id.encode()
+    return ScriptCall(
+        _SCRIPT,
+        b"%br:%b" % (plan.tag, request_id),
+        plan.keys,
+        (act, request_id, b"%d" % amount, _LEASE_MS),
+        plan.fixed,
+    )
+
+
+def _window(reply: Reply, start: int) -> Window | None:
+    return Window(reply[start], reply[start + 1], reply[start + 2]) if reply[start] >= 0 else None

@@ -1,0 +1,12 @@
+"""Alembic's entry: runs on the connection that `core.migrations` hands over."""
+
+from alembic import context
+
+from core.database import Table
+from keys import tables as keys_tables
+
+assert keys_tables.KeyRow.metadata is Table.metadata
+
+connection = context.config.attributes["connection"]
+context.configure(connection=connection, target_metadata=Table.metadata, compare_type=True)
+context.run_migrations()

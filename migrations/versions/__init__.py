@@ -1,0 +1,1 @@
+"""One migration per change, named by what it does."""

@@ -30,7 +30,7 @@ from bench.subjects import (
 )
 
 COMMAND_SECONDS_MAX = 30
-_DIMENSIONS = ("requests-per-minute", "requests-per-day", "tokens-per-minute", "tokens-per-day", "concurrent-requests")
+_DIMENSIONS = ("requests-per-minute", "tokens-per-minute")  # of each scope: the two that OpenAI has
 _API_MARK = "-m gateway.server"
 _LIMIT = "50000000000"  # per minute, day or at once: checked on every call, met by none
 _KEY = re.compile(r"sk-aap-\S+")
@@ -108,16 +108,18 @@ def _await_key(process: subprocess.Popen, log: Path) -> str:
 
 
 def raise_limits(home: Path, environ: Mapping[str, str], models: Sequence[str]) -> None:
-    """Set every limit of organization, project, key and model, so high that the bench meets none of them.
+    """Give organization, project, key and model limits of their own, so high that the bench meets none of them.
 
-    All of them are checked on every call then, as the targets ask. Errors: SubjectFailedError.
+    All of them are checked on every call then, as the targets ask; the organization keeps a concurrency limit too.
+    Errors: SubjectFailedError.
     """
     keys = json.loads(_aap(["keys", "list", "--json"], home, environ))
     scopes = [["organization"], ["project", keys[0]["project_id"]], ["key", keys[0]["id"]]]
     scopes += [["model", name] for name in models]
     limits = [word for name in _DIMENSIONS for word in (f"--{name}", _LIMIT)]
     for scope in scopes:
-        _aap(["limits", "set", *scope, *limits], home, environ)
+        concurrency = ["--concurrent-requests", _LIMIT] if scope == ["organization"] else []
+        _aap(["limits", "set", *scope, *limits, *concurrency], home, environ)
 
 
 def _aap(words: Sequence[str], home: Path, environ: Mapping[str, str]) -> str:

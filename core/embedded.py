@@ -237,7 +237,7 @@ class _RedisServer:
         except (OSError, ValueError):
             return
         deadline = time.monotonic() + 10
-        while self._answers() and time.monotonic() < deadline:
+        while self.is_running() and time.monotonic() < deadline:
             time.sleep(0.01)
         self._pid_path.unlink(missing_ok=True)
 

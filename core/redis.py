@@ -114,8 +114,9 @@ class ClusterScripts:
         # EVAL, not EVALSHA: a pipeline cannot resend the one call whose node has not seen the script yet.
         pipeline = self._client.pipeline()
         for call, _ in batch:
-            keys = (call.key, *call.keys.parts)
-            pipeline.eval(call.script.source, len(keys), *keys, *call.arguments, *call.fixed.parts)
+            shape = call.shape
+            keys = (call.key, *shape.keys)
+            pipeline.eval(shape.script.source, len(keys), *keys, *call.arguments, *shape.fixed)
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 answers = await pipeline.execute(raise_on_error=False)

@@ -34,39 +34,45 @@ class Script:
         self.digest = hashlib.sha1(self.source, usedforsecurity=False).hexdigest().encode()
 
 
-class Packed(NamedTuple):
-    """Arguments that stay the same from call to call, encoded for the wire once."""
+class ScriptShape:
+    """What stays the same from call to call of one script: its fixed keys and arguments, encoded once.
 
-    parts: tuple[bytes, ...]
-    wire: bytes
+    KEYS = the call's own key, then *keys*. ARGV = the call's own arguments (*argument_count* of them), then *fixed*.
+    All keys share one hash tag, so that they live on one node of a cluster.
+    """
 
+    __slots__ = ("eval_head", "evalsha_head", "fixed", "fixed_wire", "keys", "keys_wire", "script")
 
-def pack(parts: Sequence[bytes]) -> Packed:
-    """Encode *parts* as RESP bulk strings."""
-    return Packed(tuple(parts), b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in parts]))
+    def __init__(self, script: Script, *, keys: Sequence[bytes], argument_count: int, fixed: Sequence[bytes]) -> None:
+        self.script = script
+        self.keys = tuple(keys)
+        self.fixed = tuple(fixed)
+        key_count = len(self.keys) + 1
+        head = b"*%d\r\n" % (3 + key_count + argument_count + len(self.fixed))
+        count = bulk(b"%d" % key_count)
+        self.evalsha_head = head + bulk(b"EVALSHA") + bulk(script.digest) + count
+        self.eval_head = head + bulk(b"EVAL") + bulk(script.source) + count
+        self.keys_wire = b"".join(map(bulk, self.keys))
+        self.fixed_wire = b"".join(map(bulk, self.fixed))
 
 
 class ScriptCall(NamedTuple):
-    """KEYS = *key* then *keys*; ARGV = *arguments* then *fixed*. All keys share one hash tag."""
+    """One call of a script."""
 
-    script: Script
+    shape: ScriptShape
     key: bytes
-    keys: Packed
     arguments: tuple[bytes, ...]
-    fixed: Packed
 
-    def encode(self, command: bytes, script: bytes) -> bytes:
-        """Return the call as one RESP command, by digest (EVALSHA) or by source (EVAL)."""
-        key_count = 1 + len(self.keys.parts)
-        count = 3 + key_count + len(self.arguments) + len(self.fixed.parts)
-        head = (command, script, b"%d" % key_count, self.key)
-        return b"*%d\r\n%b%b%b%b" % (
-            count,
-            pack(head).wire,
-            self.keys.wire,
-            pack(self.arguments).wire,
-            self.fixed.wire,
-        )
+    def encode(self, head: bytes) -> bytes:
+        """Return the call as one RESP command: by digest or by source, as *head* says."""
+        shape, key, arguments = self
+        own = b"".join([b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments])
+        return b"%b$%d\r\n%b\r\n%b%b%b" % (head, len(key), key, shape.keys_wire, own, shape.fixed_wire)
+
+
+def bulk(part: bytes) -> bytes:
+    """Encode *part* as a RESP bulk string."""
+    return b"$%d\r\n%b\r\n" % (len(part), part)
 
 
 class _Waiting:
@@ -127,7 +133,7 @@ class _Wire(asyncio.Protocol):
     def _settle(self, waiting: _Waiting, answer: object) -> None:
         if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith("NOSCRIPT"):
             # Redis was restarted or its scripts were flushed: say the whole script once.
-            self.send(waiting.call.encode(b"EVAL", waiting.call.script.source), waiting)
+            self.send(waiting.call.encode(waiting.call.shape.eval_head), waiting)
             return
         future = waiting.future
         if future is None or future.done():
@@ -197,7 +203,7 @@ class ScriptConnection:
         if wire is None:
             raise RedisUnavailable("Redis is down")
         deadline = self._loop.time() + self._deadline_seconds
-        wire.send(call.encode(b"EVALSHA", call.script.digest), _Waiting(call, future, deadline))
+        wire.send(call.encode(call.shape.evalsha_head), _Waiting(call, future, deadline))
 
     def _judge(self) -> None:
         # When our own loop was busy for longer than the deadline, answers lie unread in the socket: read them first.
@@ -256,7 +262,8 @@ class ScriptConnection:
 
     async def _ask(self, wire: _Wire, command: tuple[bytes, ...]) -> None:
         future: asyncio.Future[Any] = self._loop.create_future()
-        wire.send(b"*%d\r\n%b" % (len(command), pack(command).wire), _Waiting(None, future, self._loop.time() + 1))
+        encoded = b"*%d\r\n%b" % (len(command), b"".join(map(bulk, command)))
+        wire.send(encoded, _Waiting(None, future, self._loop.time() + 1))
         async with asyncio.timeout(max(0.5, self._deadline_seconds * 2)):
             await future
 

@@ -109,14 +109,17 @@ class HotRoutes:
     async def _stream(self, run: Run, call: Call) -> None:
         """Pass the events through, also when nobody listens any more: the last one says what the provider bills."""
         exchange = run.exchange
-        data = await call.read()
-        exchange.first_byte_at = time.perf_counter()
-        await run.begin(call.status, call.content_type, passed_on(call.headers))
-        now = self._loop.time()
-        while data:
-            await run.write(data, now)
-            data = await call.read()
-            now = self._loop.time()
+        read, write, clock = call.read, run.write, self._loop.time
+        try:
+            data = await read()
+            exchange.first_byte_at = time.perf_counter()
+            await run.begin(call.status, call.content_type, passed_on(call.headers))
+            while data:
+                await write(data, clock())
+                data = await read()
+        except asyncio.CancelledError:
+            call.abort()
+            raise
         if run.is_gone:
             exchange.outcome = "client_gone"
         else:

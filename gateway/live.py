@@ -1,4 +1,4 @@
-"""The calls that run in this process, and one clock for all of them: time-outs, keep-alives, leases, interruption.
+"""The calls that run in this process, and one clock for all: time-outs, keep-alive comments, leases, interruption.
 
 One timer for the process instead of several per call: a call costs two set operations here.
 """
@@ -18,7 +18,8 @@ from gateway.errors import Headers, RequestTimedOut, body_of, headers_of, status
 from inference.errors import StreamInterrupted
 from inference.exchange import Exchange
 from keys.errors import RateLimitReached
-from keys.quota import LEASE_SECONDS, Quota
+from keys.limits import LEASE_SECONDS
+from keys.quota import Quota
 
 _TICK_SECONDS: Final = 0.25
 _BODY_SECONDS_MAX: Final = 60.0

@@ -7,6 +7,7 @@ share the port (SO_REUSEPORT); the kernel spreads connections over them.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from typing import Any, Final
@@ -38,6 +39,7 @@ async def serve(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     async with running(settings) as runtime:
         server = _server(create_app(runtime), settings.edge)
+        _relax_garbage_collection()
         server.on_startup(_tell_supervisor)
         serving = asyncio.create_task(server.serve())
         waiting = asyncio.create_task(stop.wait())
@@ -76,6 +78,16 @@ def _server(app: Any, settings: EdgeSettings) -> Any:
         backpressure=settings.in_flight_max + settings.queued_max + 1024,
         log_level=LogLevels.error,
     )
+
+
+def _relax_garbage_collection() -> None:
+    """Leave what was made at the start out of every collection, and collect less often.
+
+    A call leaves few cycles behind; with Python's thresholds the collector took a tenth of the CPU of a call (bench).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _tell_supervisor() -> None:

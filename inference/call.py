@@ -132,23 +132,32 @@ class Call:
         """Return the next bytes for the caller; b"" at the end. Errors: UpstreamUnreachable, UpstreamTimedOut."""
         relay = self._relay
         assert relay is not None
+        data = self._first
+        self._first = b""
         while True:
-            first, self._first = self._first, b""
             try:
-                data = first or await self._answer.read()
+                data = data or await self._answer.read()
             except UpstreamError as error:
                 self._observe(relay)
                 raise translated(error) from error
-            out = relay.feed(data) if data else relay.finish()
-            self._observe(relay)
-            if not data and self._exchange.outcome == "refused":
-                self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
-            if out or not data:
+            if not data:
+                return self._end(relay)
+            out = relay.feed(data)
+            if out:
                 return out
+            data = b""
+
+    def _end(self, relay: SseRelay) -> bytes:
+        rest = relay.finish()
+        self._observe(relay)
+        self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
+        return rest
 
     def abort(self) -> None:
-        """Stop the provider at once."""
+        """Stop the provider at once, and keep what was seen until now."""
         self._answer.abort()
+        if self._relay is not None:
+            self._observe(self._relay)
 
     def _observe(self, relay: SseRelay) -> None:
         exchange = self._exchange

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import struct
+from importlib.resources import files
 from typing import Final, Literal
 
 import msgspec
 
 from core.ids import KeyId, OrganizationId, ProjectId
-from core.resp import Packed, pack
+from core.resp import Script, ScriptShape
 from keys.errors import RateLimitReached
 
 LimitScope = Literal["key", "project", "organization", "model"]
@@ -25,6 +27,9 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = (
 # Lua counts in doubles. A minute's bucket counts in 1/60,000 of a token (so that a millisecond refills a whole number
 # of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
 LIMIT_MAX: Final = 10**11
+QUOTA_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
+# A crashed gateway's slots come back after this long; a living one renews after a third of it.
+LEASE_SECONDS: Final = 60
 
 
 class RateLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -89,17 +94,16 @@ class ScopedLimits(msgspec.Struct, frozen=True):
 
 
 class QuotaPlan:
-    """All limits that hold for one key on one model, encoded for the script once and used for every call."""
+    """All limits that hold for one key on one model, encoded for keys/quota.lua once and used for every call."""
 
     __slots__ = (
         "denial",
         "denied_until_seconds",
-        "fixed",
-        "keys",
         "names",
         "organization_id",
+        "record_prefix",
         "scopes",
-        "tag",
+        "shape",
         "tokens_max",
         "tokens_scope",
     )
@@ -108,11 +112,11 @@ class QuotaPlan:
         # Scopes without any limit cost nothing: they are not sent.
         self.scopes = [scoped for scoped in scopes if any(v is not None for v in scoped.limits.as_tuple())]
         self.organization_id = organization_id
-        # All keys of one organization share a hash tag, so that they live on one node of a cluster.
-        self.tag = b"q:{%b}:" % organization_id.encode()
         self.names = [f"{scoped.scope}:{scoped.id}" for scoped in self.scopes]
-        self.keys = _pack_keys(self.tag, self.names)
-        self.fixed = _pack_limits(self.scopes)
+        # All keys of one organization share a hash tag, so that they live on one node of a cluster.
+        tag = b"q:{%b}:" % organization_id.encode()
+        self.record_prefix = tag + b"r:"
+        self.shape = _shape(tag, self.scopes, self.names)
         smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
         self.tokens_max, self.tokens_scope = smallest
         # Set by the quota while a limit of requests is known to be exhausted.
@@ -140,16 +144,21 @@ class QuotaPlan:
         )
 
 
-def _pack_keys(tag: bytes, names: list[str]) -> Packed:
-    keys: list[bytes] = []
-    for name in names:
-        keys += (tag + b"b:" + name.encode(), tag + b"c:" + name.encode())
-    return pack(keys)
-
-
-def _pack_limits(scopes: list[ScopedLimits]) -> Packed:
+def _shape(tag: bytes, scopes: list[ScopedLimits], names: list[str]) -> ScriptShape:
+    limited = [
+        name for scoped, name in zip(scopes, names, strict=True) if scoped.limits.concurrent_requests is not None
+    ]
     numbers = [-1 if value is None else value for scoped in scopes for value in scoped.limits.as_tuple()]
-    return pack([b"%d" % number for number in (len(scopes), *numbers)])
+    return ScriptShape(
+        QUOTA_SCRIPT,
+        keys=[tag + b"buckets", *(tag + b"leases:" + name.encode() for name in limited)],
+        argument_count=3,
+        fixed=[
+            b"%d" % (LEASE_SECONDS * 1000),
+            struct.pack(f"<{len(numbers)}d", *numbers),
+            *(name.encode() for name in names),
+        ],
+    )
 
 
 def _token_limits(scopes: list[ScopedLimits]) -> list[tuple[float, str]]:

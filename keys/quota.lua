@@ -1,139 +1,153 @@
--- Reserve, settle or renew the quota of one call, all or nothing, on Redis's own clock. Integers only.
+-- Reserve, settle or renew the quota of one call, all or nothing, on Redis's own clock. Whole numbers only.
 --
--- KEYS[1]  record of this request's reservation     KEYS[2s], KEYS[2s+1]  bucket hash and lease set of scope s
--- ARGV[1]  act: reserve | settle | renew   ARGV[2]  request id
+-- KEYS[1]  this request's reservation    KEYS[2]  the organization's buckets: one hash, a field per scope
+-- KEYS[3…] lease sets of those scopes that limit concurrency, in the order of the scopes
+-- ARGV[1]  act: reserve | settle | renew    ARGV[2]  request id
 -- ARGV[3]  reserve: tokens wanted; settle: tokens used (-1: as reserved); renew: unused
--- ARGV[4]  lease in ms   ARGV[5]  number of scopes, then five limits a scope (-1: none):
+-- ARGV[4]  lease in ms    ARGV[5]  five limits a scope as little-endian doubles (-1: none):
 --          requests a minute, requests a day, tokens a minute, tokens a day, concurrent requests
+-- ARGV[6…] the scopes' fields in the hash
 --
 -- A bucket counts in small units so that refilling is a whole number of them: a minute's in 1/60,000 (one unit a ms for a
--- limit of one a minute), a day's in 1/86,400 (one a second). Fields: m, d = time of the last refill in ms and s;
--- rm, rd, tm, td = levels. A level may be negative (debt): a call may use more than it reserved.
+-- limit of one a minute), a day's in 1/86,400 (one a second). Its field holds six doubles, which carry whole numbers up
+-- to 2^53 exactly: time of the last refill in ms and in s; levels of the four buckets (-2^53: never used). A level may
+-- be negative (debt): a call may use more than it reserved.
+-- Few calls and no closures: this runs for every request, and Redis has one thread.
 
-local MINUTE, DAY = 60000, 86400
-local act, id, amount, lease_ms, scopes = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
-local RECORD_TTL_MS = 7200000
-local BUCKET_TTL_MS = 172800000
-
-local time = redis.call('TIME')
-local now_s = tonumber(time[1])
-local now_ms = now_s * 1000 + math.floor(tonumber(time[2]) / 1000)
-
-local function integer(number) return string.format('%d', number) end
-
-if act == 'renew' then
-  for s = 1, scopes do
-    if tonumber(ARGV[5 + s * 5]) >= 0 then
-      redis.call('ZADD', KEYS[s * 2 + 1], 'XX', integer(now_ms + lease_ms), id)
-      redis.call('PEXPIRE', KEYS[s * 2 + 1], integer(lease_ms * 2))
-    end
-  end
-  return {1}
-end
+local MINUTE, DAY, NEVER = 60000, 86400, -9007199254740992
+local RECORD_TTL_MS, BUCKETS_TTL_MS, LEASES_TTL_MS = 7200000, 172800000, 86400000
+local BUCKET, REPLY = '<dddddd', '<ddddddddddd'
+local call, pack, unpack_, floor, ceil, min, max =
+  redis.call, struct.pack, struct.unpack, math.floor, math.ceil, math.min, math.max
+local act, id, amount, lease_ms, packed = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
+local scopes = #packed / 40
 
 if act == 'settle' then
-  local record = redis.call('GETDEL', KEYS[1])
+  local record = call('GETDEL', KEYS[1])
   if not record then return {0} end
-  local reserved = tonumber(string.match(record, '^%-?%d+'))
-  local refund = 0
-  if amount >= 0 then refund = reserved - amount end
+  for k = 3, #KEYS do call('ZREM', KEYS[k], id) end
+  local refund = amount >= 0 and unpack_('<d', record) - amount or 0
+  if refund == 0 or scopes == 0 then return {1} end
+  local had = call('HMGET', KEYS[2], unpack(ARGV, 6))
+  local set = {}
   for s = 1, scopes do
-    local at = 5 + (s - 1) * 5
-    local minute, day = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
-    if refund ~= 0 and (minute >= 0 or day >= 0) then
-      local level = redis.call('HMGET', KEYS[s * 2], 'tm', 'td')
-      if minute >= 0 and level[1] then
-        redis.call('HSET', KEYS[s * 2], 'tm', integer(math.min(minute * MINUTE, tonumber(level[1]) + refund * MINUTE)))
-      end
-      if day >= 0 and level[2] then
-        redis.call('HSET', KEYS[s * 2], 'td', integer(math.min(day * DAY, tonumber(level[2]) + refund * DAY)))
-      end
+    if had[s] then
+      local _, _, minute, day = unpack_('<dddd', packed, s * 40 - 39)
+      local m, d, rm, rd, tm, td = unpack_(BUCKET, had[s])
+      if minute >= 0 and tm > NEVER then tm = min(minute * MINUTE, tm + refund * MINUTE) end
+      if day >= 0 and td > NEVER then td = min(day * DAY, td + refund * DAY) end
+      set[#set + 1] = ARGV[5 + s]
+      set[#set + 1] = pack(BUCKET, m, d, rm, rd, tm, td)
     end
-    if tonumber(ARGV[at + 5]) >= 0 then redis.call('ZREM', KEYS[s * 2 + 1], id) end
   end
+  if #set > 0 then call('HSET', KEYS[2], unpack(set)) end
   return {1}
 end
 
--- The same request id gets the same answer: a command may arrive twice.
-local known = redis.call('GET', KEYS[1])
-if known then
-  local reply = {}
-  for number in string.gmatch(string.match(known, '|(.*)$'), '%-?%d+') do reply[#reply + 1] = tonumber(number) end
-  return reply
+local time = call('TIME')
+local now_s = tonumber(time[1])
+local now_ms = now_s * 1000 + floor(tonumber(time[2]) / 1000)
+
+if act == 'renew' then
+  for k = 3, #KEYS do
+    call('ZADD', KEYS[k], 'XX', now_ms + lease_ms, id)
+    call('PEXPIRE', KEYS[k], LEASES_TTL_MS)
+  end
+  return {1}
 end
 
 -- Pass 1: refill and check everything; write nothing.
 local blocked, wait_ms, blocked_limit = 0, 0, 0
-local writes = {}
 -- The tightest limit of requests and of tokens, for the caller's headers: limit, remaining, ms until full.
-local shown = {{-1, -1, 0}, {-1, -1, 0}}
-
-local function refill(level, limit, unit, elapsed)
-  if not level then return limit * unit end
-  return math.min(limit * unit, tonumber(level) + limit * math.min(math.max(elapsed, 0), unit))
-end
-
-local function take(kind, dimension, level, limit, unit, ms_per_step, cost)
-  local left = level - cost * unit
-  if left < 0 then
-    local wait = math.ceil(-left / limit) * ms_per_step
-    if wait > wait_ms then blocked, wait_ms, blocked_limit = dimension, wait, limit end
-  end
-  local remaining = math.max(0, math.floor(left / unit))
-  if shown[kind][1] < 0 or remaining < shown[kind][2] then
-    shown[kind] = {limit, remaining, math.ceil((limit * unit - left) / limit) * ms_per_step}
-  end
-  return left
-end
+local request_limit, request_left, request_reset = -1, -1, 0
+local token_limit, token_left, token_reset = -1, -1, 0
+local set, leases, is_new = {}, 3, {}
+local had = scopes > 0 and call('HMGET', KEYS[2], unpack(ARGV, 6)) or {}
+local is_fresh = true
 
 for s = 1, scopes do
-  local at = 5 + (s - 1) * 5
-  local rm, rd, tm, td = tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3]), tonumber(ARGV[at + 4])
-  local concurrent = tonumber(ARGV[at + 5])
+  local rpm, rpd, tpm, tpd, concurrent = unpack_('<ddddd', packed, s * 40 - 39)
   local first = (s - 1) * 5
-  if rm >= 0 or rd >= 0 or tm >= 0 or td >= 0 then
-    local had = redis.call('HMGET', KEYS[s * 2], 'm', 'd', 'rm', 'rd', 'tm', 'td')
-    local elapsed_ms = now_ms - (tonumber(had[1]) or now_ms)
-    local elapsed_s = now_s - (tonumber(had[2]) or now_s)
-    -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
-    local set = {'m', integer(math.max(now_ms, tonumber(had[1]) or 0)), 'd', integer(math.max(now_s, tonumber(had[2]) or 0))}
-    local function spend(field, had_level, kind, dimension, limit, unit, elapsed, ms_per_step, cost)
-      if limit < 0 then return end
-      local level = refill(had_level, limit, unit, elapsed)
-      set[#set + 1] = field
-      set[#set + 1] = integer(take(kind, first + dimension, level, limit, unit, ms_per_step, cost))
+  local m, d, rm, rd, tm, td = now_ms, now_s, NEVER, NEVER, NEVER, NEVER
+  if had[s] then
+    m, d, rm, rd, tm, td = unpack_(BUCKET, had[s])
+    is_fresh = false
+  end
+  -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
+  local elapsed_ms, elapsed_s = min(max(now_ms - m, 0), MINUTE), min(max(now_s - d, 0), DAY)
+  m, d = max(now_ms, m), max(now_s, d)
+  if rpm >= 0 then
+    rm = (rm == NEVER and rpm * MINUTE or min(rpm * MINUTE, rm + rpm * elapsed_ms)) - MINUTE
+    if rm < 0 and ceil(-rm / rpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 1, ceil(-rm / rpm), rpm end
+    local left = max(0, floor(rm / MINUTE))
+    if request_limit < 0 or left < request_left then
+      request_limit, request_left, request_reset = rpm, left, ceil((rpm * MINUTE - rm) / rpm)
     end
-    spend('rm', had[3], 1, 1, rm, MINUTE, elapsed_ms, 1, 1)
-    spend('rd', had[4], 1, 2, rd, DAY, elapsed_s, 1000, 1)
-    spend('tm', had[5], 2, 3, tm, MINUTE, elapsed_ms, 1, amount)
-    spend('td', had[6], 2, 4, td, DAY, elapsed_s, 1000, amount)
-    writes[#writes + 1] = {KEYS[s * 2], set, not had[1]}
+  end
+  if rpd >= 0 then
+    rd = (rd == NEVER and rpd * DAY or min(rpd * DAY, rd + rpd * elapsed_s)) - DAY
+    if rd < 0 and ceil(-rd / rpd) * 1000 > wait_ms then
+      blocked, wait_ms, blocked_limit = first + 2, ceil(-rd / rpd) * 1000, rpd
+    end
+    local left = max(0, floor(rd / DAY))
+    if request_limit < 0 or left < request_left then
+      request_limit, request_left, request_reset = rpd, left, ceil((rpd * DAY - rd) / rpd) * 1000
+    end
+  end
+  if tpm >= 0 then
+    tm = (tm == NEVER and tpm * MINUTE or min(tpm * MINUTE, tm + tpm * elapsed_ms)) - amount * MINUTE
+    if tm < 0 and ceil(-tm / tpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 3, ceil(-tm / tpm), tpm end
+    local left = max(0, floor(tm / MINUTE))
+    if token_limit < 0 or left < token_left then
+      token_limit, token_left, token_reset = tpm, left, ceil((tpm * MINUTE - tm) / tpm)
+    end
+  end
+  if tpd >= 0 then
+    td = (td == NEVER and tpd * DAY or min(tpd * DAY, td + tpd * elapsed_s)) - amount * DAY
+    if td < 0 and ceil(-td / tpd) * 1000 > wait_ms then
+      blocked, wait_ms, blocked_limit = first + 4, ceil(-td / tpd) * 1000, tpd
+    end
+    local left = max(0, floor(td / DAY))
+    if token_limit < 0 or left < token_left then
+      token_limit, token_left, token_reset = tpd, left, ceil((tpd * DAY - td) / tpd) * 1000
+    end
   end
   if concurrent >= 0 then
-    redis.call('ZREMRANGEBYSCORE', KEYS[s * 2 + 1], '-inf', integer(now_ms))
-    if redis.call('ZCARD', KEYS[s * 2 + 1]) >= concurrent and wait_ms < 1000 then
-      blocked, wait_ms, blocked_limit = first + 5, 1000, concurrent
+    local running = call('ZCARD', KEYS[leases])
+    if running >= concurrent then
+      -- Leases of crashed gateways have run out by themselves; they are swept when room is short.
+      call('ZREMRANGEBYSCORE', KEYS[leases], '-inf', now_ms)
+      running = call('ZCARD', KEYS[leases])
+      if running >= concurrent and wait_ms < 1000 then
+        blocked, wait_ms, blocked_limit = first + 5, 1000, concurrent
+      end
     end
+    is_new[leases] = running == 0
+    leases = leases + 1
   end
+  set[s * 2 - 1] = ARGV[5 + s]
+  set[s * 2] = pack(BUCKET, m, d, rm, rd, tm, td)
 end
 
 local reply = {blocked == 0 and 1 or 0, blocked, wait_ms, blocked_limit,
-  shown[1][1], shown[1][2], shown[1][3], shown[2][1], shown[2][2], shown[2][3]}
-if blocked ~= 0 then return reply end
+  request_limit, request_left, request_reset, token_limit, token_left, token_reset}
+
+-- The same request id gets the same answer: a command may arrive twice.
+local record = blocked == 0 and call('SET', KEYS[1], pack(REPLY, amount, unpack(reply)), 'NX', 'PX', RECORD_TTL_MS)
+if not record then
+  local known = call('GET', KEYS[1])
+  if known then return {select(2, unpack_(REPLY, known))} end
+  return reply
+end
 
 -- Pass 2: write everything.
-for _, write in ipairs(writes) do
-  redis.call('HSET', write[1], unpack(write[2]))
-  -- A bucket that nobody touched for two days is full: it need not be kept. Set once an hour at most.
-  if write[3] or now_ms % 3600000 < 1000 then redis.call('PEXPIRE', write[1], integer(BUCKET_TTL_MS)) end
+if scopes > 0 then
+  call('HSET', KEYS[2], unpack(set))
+  -- Buckets that nobody touched for two days are full: they need not be kept. Renewed now and then is enough.
+  if is_fresh or now_ms % 256 == 0 then call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS) end
 end
-for s = 1, scopes do
-  if tonumber(ARGV[5 + s * 5]) >= 0 then
-    redis.call('ZADD', KEYS[s * 2 + 1], integer(now_ms + lease_ms), id)
-    redis.call('PEXPIRE', KEYS[s * 2 + 1], integer(lease_ms * 2))
-  end
+for k = 3, leases - 1 do
+  call('ZADD', KEYS[k], now_ms + lease_ms, id)
+  if is_new[k] or now_ms % 64 == 0 then call('PEXPIRE', KEYS[k], LEASES_TTL_MS) end
 end
-local numbers = {}
-for i, number in ipairs(reply) do numbers[i] = integer(number) end
-redis.call('SET', KEYS[1], integer(amount) .. '|' .. table.concat(numbers, ' '), 'PX', integer(RECORD_TTL_MS))
 return reply

@@ -8,19 +8,12 @@ concurrency lease to expire.
 from __future__ import annotations
 
 import time
-from importlib.resources import files
-from typing import Final
 
 from core.redis import Scripts
-from core.resp import RedisUnavailable, Reply, Script, ScriptCall
+from core.resp import RedisUnavailable, Reply, ScriptCall
 from keys.errors import RateLimitReached, RequestTooLarge
 from keys.limits import DIMENSIONS, QuotaPlan, Window
 from keys.local_quota import LocalQuota
-
-_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
-# A crashed gateway's slots come back after this long; a living one renews after a third of it.
-LEASE_SECONDS: Final = 60
-_LEASE_MS: Final = b"%d" % (LEASE_SECONDS * 1000)
 
 
 class Reservation:
@@ -136,13 +129,7 @@ def _deny_again(plan: QuotaPlan) -> None:
 def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
     plan = reservation.plan
     request_id = reservation.request_id.encode()
-    return ScriptCall(
-        _SCRIPT,
-        b"%br:%b" % (plan.tag, request_id),
-        plan.keys,
-        (act, request_id, b"%d" % amount, _LEASE_MS),
-        plan.fixed,
-    )
+    return ScriptCall(plan.shape, plan.record_prefix + request_id, (act, request_id, b"%d" % amount))
 
 
 def _window(reply: Reply, start: int) -> Window | None:

@@ -17,6 +17,7 @@ from inference.usage import TokenUsage
 # Two line ends in a row. Atomic, so that one CRLF is never taken for two.
 _BOUNDARY: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE: Final = re.compile(rb"\r\n|\n|\r")
+_FIELD: Final = re.compile(rb"(?:^|[\r\n])[^:\r\n]")
 _NO_USAGE: Final = b',"usage":null'
 # A usage chunk is below 1 kB. A larger event cannot be one and is passed on in pieces: memory stays bounded.
 _HELD_BYTES_MAX: Final = 256 * 1024
@@ -89,12 +90,20 @@ class SseRelay:
         else:
             has_usage = whole.count(b'"usage"') != whole.count(b'"usage":null')
         self.events += 1
-        if has_usage or b'"error"' in whole or b"[DONE]" in whole:
-            return self._scan_events(whole)
+        has_error = b'"error"' in whole
+        if not (has_usage or has_error or b"[DONE]" in whole):
+            return whole
+        if b"\r" in whole:
+            return b"".join([event for event in _events(whole) if not self._is_hidden(event)])
+        # Only the events that the marks stand in are looked at; a burst may hold hundreds of others.
+        places = _marked(whole, b'"usage"') if has_usage else set[tuple[int, int]]()
+        if has_error:
+            places |= _marked(whole, b'"error"')
+        places |= _marked(whole, b"[DONE]")
+        hidden = [place for place in sorted(places) if self._is_hidden(whole[place[0] : place[1]])]
+        for start, end in reversed(hidden):
+            whole = whole[:start] + whole[end:]
         return whole
-
-    def _scan_events(self, whole: bytes) -> bytes:
-        return b"".join([event for event in _events(whole) if not self._is_hidden(event)])
 
     def _is_hidden(self, event: bytes) -> bool:
         payload = _payload(event)
@@ -127,6 +136,19 @@ def _end_of_last_event(data: bytes) -> int:
     return end
 
 
+def _marked(whole: bytes, mark: bytes) -> set[tuple[int, int]]:
+    """Return where the events that hold *mark* begin and end. For lines that end in LF."""
+    places: set[tuple[int, int]] = set()
+    at = whole.find(mark)
+    while at >= 0:
+        start = whole.rfind(b"\n\n", 0, at)
+        end = whole.find(b"\n\n", at)
+        end = len(whole) if end < 0 else end + 2
+        places.add((0 if start < 0 else start + 2, end))
+        at = whole.find(mark, end)
+    return places
+
+
 def _events(whole: bytes) -> list[bytes]:
     events: list[bytes] = []
     start = 0
@@ -145,7 +167,7 @@ def _payload(event: bytes) -> bytes:
 
 def has_event(data: bytes) -> bool:
     """Tell whether *data* holds anything but comments and blank lines: the model has begun to answer."""
-    return any(line and not line.startswith(b":") for line in _LINE.split(data))
+    return _FIELD.search(data) is not None
 
 
 def first_payload(data: bytes) -> bytes:

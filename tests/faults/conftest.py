@@ -1,0 +1,56 @@
+"""Gateways for faults: short deadlines, and a fresh deployment for each test, so that no breaker outlives its test."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.gateway import Gateway, config_for
+from tests.harness.provider import FakeProvider, answer, chat_answer
+from tests.harness.stores import TestStores
+
+PATH = "/v1/chat/completions"
+_MODELS = tuple(f"m{number}" for number in range(200))
+_unused = itertools.cycle(_MODELS)
+
+
+def impatient(config: str) -> str:
+    """The same configuration with deadlines that a test can wait for."""
+    return config.replace("first_byte_seconds = 5", "first_byte_seconds = 1").replace(
+        "idle_seconds = 3", "idle_seconds = 1"
+    )
+
+
+@pytest.fixture(scope="session")
+async def faulty_provider() -> AsyncIterator[FakeProvider]:
+    made = await FakeProvider().start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def provider(faulty_provider: FakeProvider) -> FakeProvider:
+    """The provider, with nothing queued and nothing received."""
+    faulty_provider.scripts.clear()
+    faulty_provider.received.clear()
+    faulty_provider.exchanges.clear()
+    faulty_provider.default = answer(chat_answer())
+    return faulty_provider
+
+
+@pytest.fixture(scope="session")
+async def gateway(stores: TestStores, faulty_provider: FakeProvider) -> AsyncIterator[Gateway]:
+    directory = Path(tempfile.mkdtemp(prefix="aap-"))
+    config = impatient(config_for(faulty_provider.base_url, models=_MODELS))
+    async with Gateway(stores, directory, config) as made:
+        yield made
+
+
+@pytest.fixture
+def model() -> Iterator[str]:
+    """A model whose deployment no other test has used."""
+    yield next(_unused)

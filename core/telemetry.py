@@ -75,7 +75,7 @@ def _scrubbed(name: str, value: Any, redact: Redact) -> Any:
         return redact(value.decode("latin-1"))
     if isinstance(value, dict):
         table = cast("dict[Any, Any]", value)
-        return {str(key): _scrubbed(str(key), item, redact) for key, item in table.items()}
+        return {redact(str(key)): _scrubbed(str(key), item, redact) for key, item in table.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_scrubbed("", item, redact) for item in cast("list[Any]", value)]
     return value if value is None or isinstance(value, bool | int | float) else redact(str(value))

@@ -14,18 +14,29 @@ def client_address(scope: Any, trusted: tuple[Network, ...]) -> str:
     Read from the right: each trusted proxy vouches for the hop before it, and nothing else in the header is believed.
     """
     client = scope.get("client")
-    address = str(client[0]) if client else ""
+    address = plain_address(str(client[0])) if client else ""
     if not trusted or not _is_in(address, trusted):
         return address
     hops: list[str] = []
     for name, value in scope["headers"]:
         if name == b"x-forwarded-for":
-            hops += [hop.strip() for hop in value.decode("latin-1").split(",")]
+            hops += [plain_address(hop.strip()) for hop in value.decode("latin-1").split(",")]
     for hop in reversed(hops):
         address = hop
         if not _is_in(hop, trusted):
             break
     return address
+
+
+def plain_address(address: str) -> str:
+    """Return an IPv4 address that is written as IPv6 (`::ffff:192.0.2.1`, what a socket on `::` reports) as itself."""
+    if not address.lower().startswith("::ffff:"):
+        return address
+    try:
+        mapped = ipaddress.IPv6Address(address).ipv4_mapped
+    except ValueError:
+        return address
+    return str(mapped) if mapped else address
 
 
 def _is_in(address: str, networks: tuple[Network, ...]) -> bool:

@@ -44,6 +44,7 @@ class Run:
     """One call on its way to its caller. Its sends are in order, and it is answered once."""
 
     __slots__ = (
+        "_has_given_up",
         "_pinging",
         "_send",
         "exchange",
@@ -66,6 +67,7 @@ class Run:
         self.is_gone = False
         self.interruption: AppError | None = None
         self._send = send
+        self._has_given_up = False
         self._pinging: asyncio.Task[None] | None = None
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
@@ -88,7 +90,14 @@ class Run:
         if self.is_gone:
             return
         self.phase, self.since = "writing", now
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        except asyncio.CancelledError:
+            if not self._has_given_up or self.interruption is not None or self.task is None:
+                raise
+            # Only the write was given up: the answer is read to its end, which says what it cost.
+            self._has_given_up = False
+            self.task.uncancel()
         self.phase = "running"
 
     async def end(self) -> None:
@@ -117,6 +126,16 @@ class Run:
         """End the call from outside: its task is cancelled and answers with *error*."""
         if self.interruption is None and self.task is not None:
             self.interruption = error
+            self.task.cancel()
+
+    def give_up_writing(self) -> None:
+        """Treat the caller as gone while a write to it is stuck; what then happens is the organization's policy."""
+        self.is_gone = True
+        principal = self.exchange.principal
+        if principal is not None and principal.disconnect_policy == "abort":
+            self.interrupt(ClientGone("The caller stopped reading."))
+        elif self.task is not None:
+            self._has_given_up = True
             self.task.cancel()
 
     def ping(self) -> None:
@@ -202,8 +221,7 @@ class LiveRuns:
             if run.phase == "reading" and age_seconds > _BODY_SECONDS_MAX:
                 run.interrupt(RequestTimedOut())
             elif run.phase == "writing" and age_seconds > _WRITE_SECONDS_MAX:
-                run.is_gone = True
-                run.interrupt(ClientGone("The caller stopped reading."))
+                run.give_up_writing()
             elif run.phase == "waiting" and run.exchange.is_stream and age_seconds > self._keepalive_seconds > 0:
                 run.since = now
                 run.ping()

@@ -11,9 +11,8 @@ from typing import Final
 import structlog
 import uvloop
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
-from core.database import Database
+from core.database import DOWN, Database
 from core.settings import Settings, load
 from core.telemetry import configure_logs
 from keys.secrets import redact
@@ -36,7 +35,7 @@ async def work(settings: Settings) -> None:
     while not stop.is_set():
         try:
             await prune_key_changes(database)
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except DOWN as error:
             _log.warning("worker.round_failed", error=type(error).__name__)
         try:
             async with asyncio.timeout(_PRUNE_SECONDS):

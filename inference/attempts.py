@@ -25,6 +25,7 @@ from inference.upstreams.http1_errors import (
     ConnectFailed,
     ConnectionLost,
     ConnectTimedOut,
+    ProtocolViolated,
     UpstreamError,
 )
 from inference.upstreams.sse import first_payload, has_event
@@ -38,6 +39,8 @@ _FIRST_BYTES_MAX: Final = 256 * 1024
 _FAILED_STATUSES: Final = frozenset({500, 502, 503, 504, 520, 522, 524, 529})
 # Wrong credentials are the operator's mistake: the caller must not read that their own key is wrong.
 _OPERATOR_STATUSES: Final = frozenset({401, 403, 407})
+# No OpenAI-compatible call is answered without a body.
+_BODILESS_STATUSES: Final = frozenset({204, 205})
 _ERROR_PREFIX_BYTES: Final = 8_192
 
 
@@ -76,6 +79,8 @@ async def open_answer(
         if deployment in failed:
             await asyncio.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         exchange.attempts = attempt
+        # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
+        exchange.is_estimated = True
         exchange.deployment = deployment
         try:
             return await _attempt(policy, UpstreamCall(exchange.endpoint, request, deployment))
@@ -85,6 +90,9 @@ async def open_answer(
         if not policy.router.has_other(model, failed) and not _is_passing(last):
             break
     assert last is not None
+    if isinstance(last, _Refused | ConnectFailed | ConnectTimedOut):
+        # Refused, or never reached: nothing was used.
+        exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
     if isinstance(last, UpstreamError):
         raise last
     return _passed_on(last.answer), b""
@@ -118,6 +126,9 @@ async def _first_bytes(answer: Answer, call: UpstreamCall) -> bytes:
     An error that comes as the first event of a 200 is an error: nothing was sent yet, so it becomes a plain one.
     """
     status = answer.status
+    if not (200 <= status < 300 or 400 <= status < 600) or status in _BODILESS_STATUSES:
+        answer.abort()
+        raise ProtocolViolated(f"The upstream answered with status {status}.")
     if status >= 400:
         if status in _FAILED_STATUSES or status in _OPERATOR_STATUSES or status == 429:
             raise await _refusal(answer)

@@ -105,8 +105,6 @@ class Call:
         is_events = self.content_type.startswith(b"text/event-stream")
         self._relay = SseRelay(hides_usage=not request.shows_usage) if is_events else None
         exchange.upstream_status = answer.status
-        # Until the provider reports something better: what went in was read by it, whatever becomes of the rest.
-        exchange.is_estimated = True
 
     @property
     def is_stream(self) -> bool:
@@ -123,9 +121,9 @@ class Call:
         exchange.outcome = "done"
         if self.status < 300:
             exchange.usage = usage_of(body)
+            exchange.is_estimated = exchange.usage is None
         else:
-            exchange.tokens_estimated = (0, 0)
-        exchange.is_estimated = exchange.usage is None
+            exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
         return body
 
     async def read(self) -> bytes:

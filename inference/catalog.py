@@ -172,7 +172,8 @@ def _resolved(name: str, settings: ProviderSettings, environ: Mapping[str, str],
     try:
         api_key = resolve_secret(settings.api_key, environ) if settings.api_key else None
         if settings.base_url is not None:
-            parse_base_url(settings.base_url)
+            settings = msgspec.structs.replace(settings, base_url=resolve_secret(settings.base_url, environ))
+            parse_base_url(settings.base_url or "")
         elif settings.kind == "openai":
             problems.append(f"providers.{name}: an openai provider needs a base_url")
         if api_key is not None and (not api_key.isprintable() or not api_key.isascii()):

@@ -53,11 +53,22 @@ class _Answer(msgspec.Struct):
 
 
 _answer: Final = msgspec.json.Decoder(_Answer)
+# The largest context windows hold ten million tokens. A larger count is a provider's mistake, and settled as it
+# stands it would put a tenant's buckets into debt for days.
+_TOKENS_MAX: Final = 10_000_000
 
 
 def usage_of(body: bytes) -> TokenUsage | None:
     """Return the usage that an unstreamed answer reports, None when it reports none that can be read."""
     try:
-        return _answer.decode(body).usage
+        return credible(_answer.decode(body).usage)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
+
+
+def credible(usage: TokenUsage | None) -> TokenUsage | None:
+    """Return *usage*, or None if no model can have used that much: it then counts as not reported."""
+    if usage is None:
+        return None
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens)
+    return usage if all(count is None or 0 <= count <= _TOKENS_MAX for count in counts) else None

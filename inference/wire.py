@@ -69,8 +69,8 @@ class ParsedRequest:
         if self._fields is None:
             return self._body
         fields = self._fields
-        if model != self.model:
-            fields["model"] = msgspec.Raw(_encode(model))
+        # Always: an earlier attempt may have written another deployment's name.
+        fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
 
     def decoded(self) -> dict[str, Any]:

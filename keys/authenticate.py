@@ -18,9 +18,8 @@ from collections.abc import Callable
 from typing import Final
 
 from sqlalchemy import or_, select
-from sqlalchemy.exc import SQLAlchemyError
 
-from core.database import Database
+from core.database import DOWN, Database
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Pepper
 from keys import secrets
@@ -137,7 +136,7 @@ class Authenticator:
             task.add_done_callback(lambda _: self._loading.pop(digest, None))
         try:
             return await asyncio.shield(task)
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
+        except DOWN as error:
             raise AuthenticationUnavailable from error
 
     async def _load(self, text: str, digest: bytes) -> Principal | None:
@@ -243,13 +242,17 @@ def _network_of(address: str) -> str:
     if ":" not in address:
         return address
     try:
-        return str(ipaddress.ip_network(f"{address}/64", strict=False))
+        mapped = ipaddress.IPv6Address(address).ipv4_mapped
+        return str(mapped or ipaddress.IPv6Network((address, 64), strict=False))
     except ValueError:
         return address
 
 
 def _principal(secret: KeySecretRow, key: KeyRow, organization: OrganizationRow, limits: Limits) -> Principal:
-    ends = [moment.timestamp() for moment in (key.expires_at, key.disabled_at, secret.not_after) if moment]
+    ends = [moment.timestamp() for moment in (key.expires_at, secret.not_after) if moment]
+    if key.disabled_at is not None:
+        # Disabled is disabled, whatever the clock of the machine that wrote it said.
+        ends.append(0.0)
     networks = key.ip_networks
     return Principal(
         ids=(

@@ -22,6 +22,12 @@ local call, pack, unpack_, floor, ceil, min, max =
 local act, id, amount, lease_ms, packed = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
 local scopes = #packed / 40
 
+-- However deep the debt: every elapsed step counts, and no product leaves the exact range.
+local function refilled(level, limit, full, elapsed)
+  if level == NEVER or elapsed >= ceil((full - level) / limit) then return full end
+  return level + limit * elapsed
+end
+
 if act == 'settle' then
   local record = call('GETDEL', KEYS[1])
   if not record then return {0} end
@@ -61,9 +67,8 @@ local blocked, wait_ms, blocked_limit = 0, 0, 0
 -- The tightest limit of requests and of tokens, for the caller's headers: limit, remaining, ms until full.
 local request_limit, request_left, request_reset = -1, -1, 0
 local token_limit, token_left, token_reset = -1, -1, 0
-local set, leases, is_new = {}, 3, {}
+local set, leases = {}, 3
 local had = scopes > 0 and call('HMGET', KEYS[2], unpack(ARGV, 6)) or {}
-local is_fresh = true
 
 for s = 1, scopes do
   local rpm, rpd, tpm, tpd, concurrent = unpack_('<ddddd', packed, s * 40 - 39)
@@ -71,13 +76,12 @@ for s = 1, scopes do
   local m, d, rm, rd, tm, td = now_ms, now_s, NEVER, NEVER, NEVER, NEVER
   if had[s] then
     m, d, rm, rd, tm, td = unpack_(BUCKET, had[s])
-    is_fresh = false
   end
   -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
-  local elapsed_ms, elapsed_s = min(max(now_ms - m, 0), MINUTE), min(max(now_s - d, 0), DAY)
+  local elapsed_ms, elapsed_s = max(now_ms - m, 0), max(now_s - d, 0)
   m, d = max(now_ms, m), max(now_s, d)
   if rpm >= 0 then
-    rm = (rm == NEVER and rpm * MINUTE or min(rpm * MINUTE, rm + rpm * elapsed_ms)) - MINUTE
+    rm = refilled(rm, rpm, rpm * MINUTE, elapsed_ms) - MINUTE
     if rm < 0 and ceil(-rm / rpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 1, ceil(-rm / rpm), rpm end
     local left = max(0, floor(rm / MINUTE))
     if request_limit < 0 or left < request_left then
@@ -85,7 +89,7 @@ for s = 1, scopes do
     end
   end
   if rpd >= 0 then
-    rd = (rd == NEVER and rpd * DAY or min(rpd * DAY, rd + rpd * elapsed_s)) - DAY
+    rd = refilled(rd, rpd, rpd * DAY, elapsed_s) - DAY
     if rd < 0 and ceil(-rd / rpd) * 1000 > wait_ms then
       blocked, wait_ms, blocked_limit = first + 2, ceil(-rd / rpd) * 1000, rpd
     end
@@ -95,7 +99,7 @@ for s = 1, scopes do
     end
   end
   if tpm >= 0 then
-    tm = (tm == NEVER and tpm * MINUTE or min(tpm * MINUTE, tm + tpm * elapsed_ms)) - amount * MINUTE
+    tm = refilled(tm, tpm, tpm * MINUTE, elapsed_ms) - amount * MINUTE
     if tm < 0 and ceil(-tm / tpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 3, ceil(-tm / tpm), tpm end
     local left = max(0, floor(tm / MINUTE))
     if token_limit < 0 or left < token_left then
@@ -103,7 +107,7 @@ for s = 1, scopes do
     end
   end
   if tpd >= 0 then
-    td = (td == NEVER and tpd * DAY or min(tpd * DAY, td + tpd * elapsed_s)) - amount * DAY
+    td = refilled(td, tpd, tpd * DAY, elapsed_s) - amount * DAY
     if td < 0 and ceil(-td / tpd) * 1000 > wait_ms then
       blocked, wait_ms, blocked_limit = first + 4, ceil(-td / tpd) * 1000, tpd
     end
@@ -122,7 +126,6 @@ for s = 1, scopes do
         blocked, wait_ms, blocked_limit = first + 5, 1000, concurrent
       end
     end
-    is_new[leases] = running == 0
     leases = leases + 1
   end
   set[s * 2 - 1] = ARGV[5 + s]
@@ -143,11 +146,11 @@ end
 -- Pass 2: write everything.
 if scopes > 0 then
   call('HSET', KEYS[2], unpack(set))
-  -- Buckets that nobody touched for two days are full: they need not be kept. Renewed now and then is enough.
-  if is_fresh or now_ms % 256 == 0 then call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS) end
+  -- What nobody touched for two days is full, but for deep debts: those are forgiven then.
+  call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS)
 end
 for k = 3, leases - 1 do
   call('ZADD', KEYS[k], now_ms + lease_ms, id)
-  if is_new[k] or now_ms % 64 == 0 then call('PEXPIRE', KEYS[k], LEASES_TTL_MS) end
+  call('PEXPIRE', KEYS[k], LEASES_TTL_MS)
 end
 return reply

@@ -7,6 +7,7 @@ concurrency lease to expire.
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from core.redis import Scripts
@@ -63,6 +64,10 @@ class Quota:
             reply = await self._scripts.run(_call(reservation, b"reserve", tokens))
         except RedisUnavailable:
             return self._reserve_locally(reservation)
+        except asyncio.CancelledError:
+            # The command is on its way: what it takes is given back right behind it.
+            self.settle(reservation, 0)
+            raise
         if not reply[0]:
             raise _denied(plan, reply)
         reservation.requests = _window(reply, 4)
@@ -98,7 +103,12 @@ class Quota:
 
     def _reserve_locally(self, reservation: Reservation) -> Reservation:
         self.local_decisions += 1
-        self._local.reserve(reservation.plan, reservation.tokens)
+        try:
+            self._local.reserve(reservation.plan, reservation.tokens)
+        except RateLimitReached:
+            # Redis may still run the command that it was too slow for.
+            self.settle(reservation, 0)
+            raise
         reservation.is_local = True
         return reservation
 

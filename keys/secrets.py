@@ -74,10 +74,15 @@ def hint(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Return *text* with every key in it replaced by its hint. Exact: the checksum tells a key from a lookalike."""
-    if PREFIX not in text:
-        return text
-    return KEY_PATTERN.sub(lambda found: hint(found[0]), text)
+    """Return *text* with every key in it replaced by its hint, and what looks like one: a typo away is too near."""
+    # Piece by piece: a lookalike that runs into a real key must not swallow its beginning.
+    first, *pieces = text.split(PREFIX)
+    return first + "".join([_redact_piece(PREFIX + piece) for piece in pieces])
+
+
+def _redact_piece(piece: str) -> str:
+    found = KEY_PATTERN.match(piece)
+    return hint(found[0]) + piece[found.end() :] if found else piece
 
 
 def _checksum(text: str) -> str:

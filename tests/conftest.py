@@ -44,7 +44,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-async def stores(worker_id: str) -> AsyncIterator[TestStores]:
+async def stores(worker_id: str) -> TestStores:
     """This worker's own, empty, migrated stores."""
     number = 0 if worker_id == "master" else int(worker_id.removeprefix("gw")) + 1
     name = f"test_{worker_id}"
@@ -60,7 +60,7 @@ async def stores(worker_id: str) -> AsyncIterator[TestStores]:
     redis = Redis.from_url(own.redis_url)
     await redis.flushdb()
     await redis.aclose()
-    yield own
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,10 @@ from typing import Any, NoReturn, TypeVar, cast
 import click
 import msgspec
 from redis.asyncio import Redis
-from sqlalchemy.exc import SQLAlchemyError
 
 from core import embedded
 from core.configuration import ConfigurationInvalid
-from core.database import Database
+from core.database import DOWN, Database
 from core.embedded import EmbeddedUnavailable
 from core.errors import AppError
 from core.migrations import expected_revision, is_current
@@ -60,7 +59,7 @@ def on_stores(act: Callable[[Stores], Awaitable[_T]]) -> _T:
         fail(error.message)
     except (EmbeddedUnavailable, ConfigurationInvalid) as error:
         fail(str(error))
-    except (SQLAlchemyError, OSError) as error:
+    except DOWN as error:
         fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
 
 

@@ -13,7 +13,8 @@ import yaml
 from inference.catalog import OPENAI_BASE_URL
 
 _OPENAI_LIKE: Final = frozenset({"openai", "openai_like", "custom_openai", "hosted_vllm", "text-completion-openai"})
-_TAKEN: Final = frozenset({"model", "api_key", "api_base", "weight", "timeout", "rpm", "tpm"})
+_PROVIDER_PARAMS: Final = ("model", "api_key", "api_base")
+_LIMITS: Final = {"rpm": "requests_per_minute", "tpm": "tokens_per_minute"}
 _ENVIRONMENT: Final = "os.environ/"
 
 
@@ -32,6 +33,8 @@ class _Tables(msgspec.Struct):
     limits: dict[str, dict[str, Any]] = {}
     variables: list[str] = []
     ignored: list[str] = []
+    # The secrets that stood in the file, and the variables that stand for them now. Never written anywhere.
+    secrets: dict[str, str] = {}
 
 
 def read_litellm(path: Path) -> dict[str, Any]:
@@ -47,7 +50,7 @@ def read_litellm(path: Path) -> dict[str, Any]:
 
 def convert(config: dict[str, Any]) -> Report:
     """Return our tables for a LiteLLM configuration."""
-    tables = _Tables({}, {}, {}, [], [])
+    tables = _Tables({}, {}, {}, [], [], {})
     for at, entry in enumerate(config["model_list"]):
         _take_model(tables, at, entry)
     tables.ignored += [f"{section} (whole)" for section in config if section != "model_list"]
@@ -58,30 +61,29 @@ def convert(config: dict[str, Any]) -> Report:
 
 
 def _take_model(tables: _Tables, at: int, entry: Any) -> None:
-    if not isinstance(entry, dict):
-        tables.ignored.append(f"model_list[{at}]: not a table")
-        return
-    item = cast("dict[str, Any]", entry)
-    params = cast("dict[str, Any]", item.get("litellm_params") or {})
+    item = _table(entry)
+    params = _table(item.get("litellm_params"))
     name, model = item.get("model_name"), params.get("model")
     if not isinstance(name, str) or not isinstance(model, str) or "*" in name:
         tables.ignored.append(f"model_list[{at}]: needs a model_name without wildcards and litellm_params.model")
         return
-    kind, _, upstream_model = model.rpartition("/") if "/" in model else ("openai", "", model)
-    kind = kind.partition("/")[0] if "/" in kind else kind
-    upstream_model = model.partition("/")[2] if "/" in model else model
-    provider = _provider(tables, kind, params)
-    deployment = {"provider": provider, "model": upstream_model}
-    if isinstance(params.get("weight"), int):
+    kind, separator, upstream_model = model.partition("/")
+    if not separator:
+        kind, upstream_model = "openai", model
+    deployment: dict[str, Any] = {"provider": _provider(tables, kind, params), "model": upstream_model}
+    taken: set[str] = set(_PROVIDER_PARAMS)
+    if _is_count(params.get("weight")):
         deployment["weight"] = params["weight"]
+        taken.add("weight")
     tables.models.setdefault(name, {"deployments": []})["deployments"].append(deployment)
-    limits = {ours: params[theirs] for theirs, ours in _LIMITS.items() if isinstance(params.get(theirs), int)}
+    limits = {ours: params[theirs] for theirs, ours in _LIMITS.items() if _is_count(params.get(theirs))}
     if limits:
         tables.limits[name] = limits
-    tables.ignored += [f"{name}: litellm_params.{param}" for param in params if param not in _TAKEN]
-
-
-_LIMITS: Final = {"rpm": "requests_per_minute", "tpm": "tokens_per_minute"}
+        taken |= {theirs for theirs in _LIMITS if _is_count(params.get(theirs))}
+    if isinstance(params.get("timeout"), int | float):
+        taken.add("timeout")
+    tables.ignored += [f"{name}: litellm_params.{param}" for param in params if param not in taken]
+    tables.ignored += [f"{name}: {field}" for field in item if field not in {"model_name", "litellm_params"}]
 
 
 def _provider(tables: _Tables, kind: str, params: dict[str, Any]) -> str:
@@ -91,9 +93,9 @@ def _provider(tables: _Tables, kind: str, params: dict[str, Any]) -> str:
         settings["litellm_provider"] = kind
     base_url = params.get("api_base") or (OPENAI_BASE_URL if settings["kind"] == "openai" else None)
     if base_url:
-        settings["base_url"] = _reference(tables, base_url, f"{kind}_BASE_URL")
+        settings["base_url"] = _reference(tables, str(base_url))
     if params.get("api_key"):
-        settings["api_key"] = _reference(tables, params["api_key"], f"{kind}_API_KEY", is_secret=True)
+        settings["api_key"] = _secret(tables, str(params["api_key"]), kind)
     if isinstance(params.get("timeout"), int | float):
         settings["deadlines"] = {"first_byte_seconds": float(params["timeout"])}
     for name, known in tables.providers.items():
@@ -104,13 +106,31 @@ def _provider(tables: _Tables, kind: str, params: dict[str, Any]) -> str:
     return name
 
 
-def _reference(tables: _Tables, value: Any, fallback: str, *, is_secret: bool = False) -> str:
-    text = str(value)
-    if text.startswith(_ENVIRONMENT):
-        variable = text.removeprefix(_ENVIRONMENT)
-    elif is_secret:
-        variable = re.sub(r"[^A-Z0-9]", "_", fallback.upper())
-    else:
+def _reference(tables: _Tables, text: str) -> str:
+    """Return a reference to an environment variable in our spelling; any other text as it is."""
+    if not text.startswith(_ENVIRONMENT):
         return text
+    variable = text.removeprefix(_ENVIRONMENT)
     tables.variables.append(variable)
     return f"env:{variable}"
+
+
+def _secret(tables: _Tables, text: str, kind: str) -> str:
+    """Return a reference for a secret. One that stands in the file gets a variable of its own, and is not copied."""
+    if text.startswith(_ENVIRONMENT):
+        return _reference(tables, text)
+    if text not in tables.secrets:
+        base = re.sub(r"[^A-Z0-9]", "_", f"{kind}_API_KEY".upper())
+        taken = set(tables.secrets.values()) | set(tables.variables)
+        numbered = (base if number == 1 else f"{base}_{number}" for number in range(1, len(taken) + 2))
+        tables.secrets[text] = next(variable for variable in numbered if variable not in taken)
+    tables.variables.append(tables.secrets[text])
+    return f"env:{tables.secrets[text]}"
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

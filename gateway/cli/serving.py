@@ -10,11 +10,10 @@ from typing import Any
 
 import click
 import msgspec
-from sqlalchemy.exc import SQLAlchemyError
 
 from core import embedded
 from core.configuration import ConfigurationInvalid
-from core.database import Database
+from core.database import DOWN, Database
 from core.embedded import EmbeddedUnavailable
 from core.settings import Settings
 from core.telemetry import configure_logs
@@ -57,7 +56,7 @@ def serve_command(
         fail(str(error))
     except ConfigurationInvalid as error:
         fail(f"{settings.config_path.name} is not valid:\n  " + "\n  ".join(error.problems))
-    except (SQLAlchemyError, OSError) as error:
+    except DOWN as error:
         fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
 
 
@@ -114,7 +113,7 @@ def migrate_command(as_json: bool) -> None:
     try:
         with embedded.stores(read_settings()) as stores:
             revision = asyncio.run(act(stores.database_url))
-    except (EmbeddedUnavailable, SQLAlchemyError, OSError) as error:
+    except (EmbeddedUnavailable, *DOWN) as error:
         fail(f"the schema could not be brought up to date: {error}")
     if as_json:
         print_json({"revision": revision})

@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from inference.usage import TokenUsage
+from inference.usage import TokenUsage, credible
 
 # Two line ends in a row. Atomic, so that one CRLF is never taken for two.
 _BOUNDARY: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -120,7 +120,7 @@ class SseRelay:
             self.error = bytes(chunk.error)
         if chunk.usage is None:
             return False
-        self.usage = chunk.usage
+        self.usage = credible(chunk.usage)
         return self._hides_usage and chunk.choices == []
 
 

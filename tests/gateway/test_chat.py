@@ -118,7 +118,9 @@ class TestStream:
     ) -> None:
         async def play(exchange: Exchange) -> None:
             await exchange.send_head()
-            await exchange.send_chunk(b'data: {"error":{"message":"bad","type":"invalid_request_error","code":"x"}}\n\n')
+            await exchange.send_chunk(
+                b'data: {"error":{"message":"bad","type":"invalid_request_error","code":"x"}}\n\n'
+            )
             await exchange.end()
 
         provider.scripts.append(play)
@@ -141,7 +143,9 @@ class TestStream:
 
 
 class TestRefused:
-    async def test_unknown_model_in_openais_words(self, gateway: Gateway, provider: FakeProvider, tenant: Tenant) -> None:
+    async def test_unknown_model_in_openais_words(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
+    ) -> None:
         got = await call(gateway.port, post(PATH, tenant.key, chat("nope")))
         assert got.status == 404
         assert got.error() == {

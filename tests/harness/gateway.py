@@ -30,7 +30,7 @@ def config_for(*base_urls: str, models: tuple[str, ...] = ("fake",), more: str =
     lines: list[str] = []
     for at, base_url in enumerate(base_urls):
         lines.append(f'[providers.p{at}]\nkind = "openai"\nbase_url = "{base_url}"\napi_key = "sk-upstream-{at}"')
-        lines.append("[providers.p%d.deadlines]\nconnect_seconds = 2\nfirst_byte_seconds = 5\nidle_seconds = 3\n" % at)
+        lines.append(f"[providers.p{at}.deadlines]\nconnect_seconds = 2\nfirst_byte_seconds = 5\nidle_seconds = 3\n")
     for model in models:
         deployments = ", ".join(f'{{ provider = "p{at}", model = "{model}" }}' for at in range(len(base_urls)))
         lines.append(f'[models."{model}"]\ndeployments = [{deployments}]')
@@ -120,5 +120,7 @@ class Gateway:
     async def __aenter__(self) -> Self:
         return await self.start()
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         await self.stop()

@@ -90,7 +90,9 @@ async def private_redis(directory: Path) -> AsyncIterator[PrivateRedis]:
 
 
 @contextlib.asynccontextmanager
-async def private_postgres(directory: Path, redis_url: str, pepper: Pepper) -> AsyncIterator[tuple[PrivatePostgres, TestStores]]:
+async def private_postgres(
+    directory: Path, redis_url: str, pepper: Pepper
+) -> AsyncIterator[tuple[PrivatePostgres, TestStores]]:
     """A migrated PostgreSQL of its own beside the Redis at *redis_url*."""
     postgres = PrivatePostgres(directory / "p")
     url = await postgres.start()

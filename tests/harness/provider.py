@@ -161,7 +161,9 @@ class FakeProvider:
 
     async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = await reader.readuntil(b"\r\n\r\n")
-        length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
+        length = next(
+            (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
+        )
         exchange = Exchange(Received(head, await reader.readexactly(length)), writer)
         self.received.append(exchange.received)
         self.exchanges.append(exchange)

@@ -70,7 +70,9 @@ class RawConnection:
         self.writer.transport.abort()
 
 
-def post(path: str, key: str | None, body: bytes, *headers: str, content_type: str | None = "application/json") -> bytes:
+def post(
+    path: str, key: str | None, body: bytes, *headers: str, content_type: str | None = "application/json"
+) -> bytes:
     lines = [f"POST {path} HTTP/1.1", "host: test", f"content-length: {len(body)}", *headers]
     if key is not None:
         lines.append(f"authorization: Bearer {key}")
@@ -81,7 +83,12 @@ def post(path: str, key: str | None, body: bytes, *headers: str, content_type: s
 
 def chat(model: str = "fake", *, stream: bool = False, text: str = "hello", **more: object) -> bytes:
     return msgspec.json.encode(
-        {"model": model, "messages": [{"role": "user", "content": text}], **({"stream": True} if stream else {}), **more}
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": text}],
+            **({"stream": True} if stream else {}),
+            **more,
+        }
     )
 
 

@@ -1,0 +1,139 @@
+"""Rules that no tool checks: one door per secret thing, tenancy in every query, no side door in the route table."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from core import settings as settings_module
+from inference.endpoints import ENDPOINTS
+from keys.scopes import ALL_SCOPES
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("core", "keys", "inference", "gateway")
+# Routes that anybody may ask: they tell nothing of a tenant.
+OPEN_ROUTES = {"/livez", "/readyz", "/metrics", "/openapi.json"}
+# Queries that are not a tenant's: who holds this fingerprint, who owns this key, what changed for anybody.
+UNSCOPED_QUERIES = {
+    ("keys/authenticate.py", "_query"): "finds out whose key it is",
+    ("keys/lifecycle.py", "find_key_owner"): "an operator names only the key",
+    ("keys/revocation.py", "_poll"): "gateways follow every organization's changes",
+    ("keys/revocation.py", "_newest"): "gateways follow every organization's changes",
+}
+TENANT_ROWS = {"ProjectRow", "KeyRow", "KeySecretRow", "RateLimitRow", "KeyChangeRow"}
+
+
+def modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def importers(name: str) -> set[str]:
+    pattern = re.compile(rf"^\s*(?:import|from) {name}\b|import_module\(\"{name}\"\)", re.MULTILINE)
+    return {str(path.relative_to(ROOT)) for path in modules() if pattern.search(path.read_text())}
+
+
+def test_litellm_has_one_door() -> None:
+    assert importers("litellm") == {"inference/upstreams/via_litellm.py"}
+
+
+def test_no_other_http_client_is_used() -> None:
+    for client in ("httpx", "requests", "aiohttp", "urllib.request", "urllib3", "http.client"):
+        assert importers(client) == set(), client
+
+
+def test_starting_imports_no_litellm_and_no_alembic() -> None:
+    """Guarantee: the API process serves without the heavy parts, and without litellm being importable."""
+    code = (
+        "import sys; sys.modules['litellm'] = None; import gateway.server; "
+        "print([name for name in ('alembic', 'openai', 'pydantic', 'rich_click') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_keys_are_handled_whole_in_one_file() -> None:
+    holders = {str(path.relative_to(ROOT)) for path in modules() if "hmac.digest(" in path.read_text()}
+    assert holders == {"keys/secrets.py"}
+
+
+def test_no_sql_is_built_from_strings() -> None:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "text":
+                assert all(isinstance(argument, ast.Constant) for argument in node.args[:1]), f"{path}:{node.lineno}"
+
+
+def test_every_query_on_a_tenants_rows_is_scoped() -> None:
+    """Guarantee: a function that selects a tenant's rows takes the organization as a required keyword."""
+    for path in modules():
+        name = str(path.relative_to(ROOT))
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if (name, function.name) in UNSCOPED_QUERIES or not _queries_tenant_rows(function):
+                continue
+            required = {argument.arg for argument in function.args.kwonlyargs}
+            assert required & {"organization_id", "project_id"}, f"{name}: {function.name}"
+
+
+def _queries_tenant_rows(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"select", "update", "delete"}:
+            names = {leaf.id for argument in node.args for leaf in ast.walk(argument) if isinstance(leaf, ast.Name)}
+            if names & TENANT_ROWS:
+                return True
+    return False
+
+
+def test_every_hot_route_declares_a_scope_and_what_it_carries() -> None:
+    assert len({endpoint.path for endpoint in ENDPOINTS}) == len(ENDPOINTS)
+    assert all(endpoint.scope in ALL_SCOPES for endpoint in ENDPOINTS)
+
+
+def test_every_other_route_knows_its_caller_or_is_listed_as_open() -> None:
+    """Guarantee: no unauthenticated side door: a handler asks for the principal, or its path is in OPEN_ROUTES."""
+    for path in sorted((ROOT / "gateway" / "routes").glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for route in _routes(function):
+                    arguments = {argument.arg for argument in function.args.args}
+                    assert route in OPEN_ROUTES or "principal" in arguments, f"{path.name}: {route}"
+
+
+def _routes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    return [
+        str(decorator.args[0].value)
+        for decorator in function.decorator_list
+        if isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)
+    ]
+
+
+def test_env_example_lists_every_variable_and_no_other() -> None:
+    source = Path(settings_module.__file__).read_text() + (ROOT / "inference" / "catalog.py").read_text()
+    read = set(re.findall(r'"((?:AAP|OPENAI)_[A-Z_]+|DATABASE_URL|REDIS_URL)"', source))
+    listed = set(re.findall(r"^#?\s?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert read - {"AAP_READY_FD"} <= listed
+    assert listed <= read | {"HTTPS_PROXY", "NO_PROXY"}
+
+
+def test_nothing_committed_names_an_index_or_this_machine() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    index = re.compile(r"--(?:extra-)?index-url\s+\S|--find-links\s+\S|(?:pypi|registry)\.[a-z.]+/(?:simple|npm)")
+    for name in filter(None, listed):
+        path = ROOT / name
+        if path.suffix in {".whl", ".png"} or not path.is_file() or name == "tests/architecture/test_rules.py":
+            continue
+        assert not index.search(path.read_text(errors="replace")), name
+
+
+def test_dependencies_bring_no_startup_hooks() -> None:
+    """Guarantee: no `.pth` file of a dependency runs code at every start (the theft of March 2026 did)."""
+    for path in Path(sys.prefix).rglob("*.pth"):
+        if path.name in {"distutils-precedence.pth", "aap_gateway.pth", "a1_coverage.pth"}:
+            continue
+        assert not re.search(r"^\s*(import|exec)\b", path.read_text(), re.MULTILINE), path

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final, cast
 
@@ -24,8 +25,14 @@ _FUNCTIONS: Final = {
     "/completions": "atext_completion",
     "/embeddings": "aembedding",
 }
-# Ours to set, or part of every call: not a matter of what the provider supports.
-_OWN_FIELDS: Final = frozenset({"model", "messages", "prompt", "input", "stream", "stream_options", "user", "metadata"})
+# Part of every call: not a matter of what the provider supports.
+_OWN_FIELDS: Final = frozenset({"model", "messages", "prompt", "input", "stream", "stream_options"})
+# litellm lists these as supported; they choose where a call goes and what it carries besides.
+_NOT_A_CALLERS: Final = frozenset(
+    {"extra_headers", "extra_body", "extra_query", "api_base", "base_url", "api_key", "api_version", "timeout"}
+    | {"deployment_id", "custom_llm_provider", "max_retries"}
+)
+_ADDRESS: Final = re.compile(r"\s*(?!data:)[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
 
 class ViaLitellm:
@@ -86,13 +93,19 @@ def _import_litellm() -> Any:
 
 
 def _arguments(litellm: Any, call: UpstreamCall) -> dict[str, Any]:
+    """Return what litellm is called with. Errors: ParameterUnsupported.
+
+    litellm takes its own settings (`api_base`, `mock_response`, `fallbacks` …) as arguments beside OpenAI's, so that a
+    caller's field that is not known to be OpenAI's must not get there.
+    """
     provider, deployment = call.deployment.provider, call.deployment
     settings = provider.settings
     body = call.request.decoded()
     kind = settings.litellm_provider or provider.name
-    _refuse_unsupported(litellm, body, deployment.model, kind, call.endpoint.path)
+    _refuse_unsupported(litellm, body, kind, call)
+    _refuse_addresses(body.get("messages"), deployment.model)
     body["model"] = f"{kind}/{deployment.model}"
-    if call.request.is_stream and call.endpoint.path == "/chat/completions":
+    if call.request.is_stream and call.endpoint.has_usage_option:
         body["stream_options"] = {"include_usage": True}
     return body | {
         "api_key": provider.api_key,
@@ -101,28 +114,52 @@ def _arguments(litellm: Any, call: UpstreamCall) -> dict[str, Any]:
         "timeout": deployment.deadlines.total_seconds,
         "max_retries": 0,
         "num_retries": 0,
+        # Calls with tools would otherwise import litellm's proxy to look for tools of its own.
+        "_skip_mcp_handler": True,
         **settings.options,
     }
 
 
-def _refuse_unsupported(litellm: Any, body: Mapping[str, Any], model: str, provider: str, path: str) -> None:
-    """Refuse by name what litellm knows and this provider lacks: dropped silently, it would change the answer.
-
-    Fields that nobody knows are passed on for the provider to judge.
-    """
-    if path != "/chat/completions":
-        return
-    supported = litellm.get_supported_openai_params(model=model, custom_llm_provider=provider) or ()
-    known = set(litellm.OPENAI_CHAT_COMPLETION_PARAMS)
+def _refuse_unsupported(litellm: Any, body: Mapping[str, Any], provider: str, call: UpstreamCall) -> None:
+    """Refuse by name what this provider is not known to take: dropped silently, it would change the answer."""
+    model = call.deployment.model
+    if call.endpoint.path == "/chat/completions":
+        listed: list[str] = litellm.get_supported_openai_params(model=model, custom_llm_provider=provider) or []
+        supported = set(listed) - _NOT_A_CALLERS
+    elif call.endpoint.path == "/embeddings":
+        supported = {"dimensions", "encoding_format", "user"}
+    else:
+        supported = {"max_tokens", "temperature", "top_p", "n", "stop", "presence_penalty", "frequency_penalty", "user"}
     for name in body:
-        if name in known and name not in supported and name not in _OWN_FIELDS:
+        if name not in supported and name not in _OWN_FIELDS:
             raise ParameterUnsupported(name, model)
+
+
+def _refuse_addresses(messages: Any, model: str) -> None:
+    """Refuse pictures and files by address: for some providers litellm would fetch them itself, from anywhere.
+
+    What stands in the message (`data:` addresses) is passed on.
+    """
+    for message in cast("list[Any]", messages) if isinstance(messages, list) else ():
+        content = cast("dict[str, Any]", message).get("content") if isinstance(message, dict) else None
+        for part in cast("list[Any]", content) if isinstance(content, list) else ():
+            if isinstance(part, dict) and cast("dict[str, Any]", part).get("type") != "text" and _has_address(part):
+                raise ParameterUnsupported("messages: a picture or file by address (send it as a data: address)", model)
+
+
+def _has_address(value: Any) -> bool:
+    if isinstance(value, str):
+        return _ADDRESS.match(value) is not None
+    if isinstance(value, dict):
+        return any(_has_address(item) for item in cast("dict[str, Any]", value).values())
+    return isinstance(value, list) and any(_has_address(item) for item in cast("list[Any]", value))
 
 
 async def _events(chunks: Any) -> AsyncIterator[bytes]:
     try:
         async for chunk in chunks:
-            yield b"data: " + _encode(_plain(chunk)) + b"\n\n"
+            for plain in _as_openai_sends(_plain(chunk)):
+                yield b"data: " + _encode(plain) + b"\n\n"
     except UpstreamError:
         raise
     except Exception as error:  # noqa: BLE001 - as above
@@ -132,6 +169,21 @@ async def _events(chunks: Any) -> AsyncIterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
+def _as_openai_sends(chunk: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a chunk as OpenAI has it: null usage beside choices, and the counts in a chunk of their own."""
+    usage = chunk.pop("usage", None)
+    choices = [choice for choice in chunk.get("choices") or () if choice.get("finish_reason") or _says(choice)]
+    chunks = [chunk | {"choices": choices, "usage": None}] if choices else []
+    if usage is not None:
+        chunks.append(chunk | {"choices": [], "usage": usage})
+    return chunks
+
+
+def _says(choice: dict[str, Any]) -> bool:
+    delta: dict[str, Any] = choice.get("delta") or {}
+    return "text" in choice or any(value is not None for value in delta.values())
+
+
 def _plain(response: Any) -> dict[str, Any]:
     """Return a litellm object as OpenAI would have sent it: without litellm's own fields."""
     plain: dict[str, Any] = response.model_dump(exclude_none=False, exclude_unset=False)
@@ -139,10 +191,16 @@ def _plain(response: Any) -> dict[str, Any]:
         for part in (choice.get("message"), choice.get("delta")):
             if isinstance(part, dict):
                 _drop_empty(cast("dict[str, Any]", part))
+    usage = plain.get("usage")
+    if isinstance(usage, dict):
+        plain["usage"] = {name: value for name, value in cast("dict[str, Any]", usage).items() if name in _USAGE_FIELDS}
     return {name: value for name, value in plain.items() if name in _PUBLIC or value is not None}
 
 
 _PUBLIC: Final = frozenset({"id", "object", "created", "model", "choices", "usage", "data"})
+_USAGE_FIELDS: Final = frozenset(
+    {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
+)
 _REQUIRED: Final = frozenset({"role", "content", "refusal"})
 
 

@@ -1,0 +1,128 @@
+"""PostgreSQL goes away and comes back: known keys go on while the feed lives, unknown ones are refused, never guessed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from core.database import Database
+from tests.faults.conftest import PATH
+from tests.harness.eventually import eventually
+from tests.harness.gateway import Gateway, config_for
+from tests.harness.private_stores import PrivatePostgres, private_postgres, private_redis
+from tests.harness.provider import FakeProvider
+from tests.harness.raw import RawAnswer, call, chat, post
+from tests.harness.stores import TestStores
+from tests.harness.tenant import Tenant, new_tenant
+
+
+class Place(NamedTuple):
+    """A gateway on a PostgreSQL of its own, with one key that it knows and one that it does not."""
+
+    gateway: Gateway
+    postgres: PrivatePostgres
+    known: Tenant
+    unknown: Tenant
+
+
+@pytest.fixture(scope="module")
+async def standing(stores: TestStores, faulty_provider: FakeProvider) -> AsyncIterator[tuple[Gateway, PrivatePostgres, TestStores]]:
+    directory = Path(tempfile.mkdtemp(prefix="aap-"))
+    async with private_redis(directory) as redis, private_postgres(directory, redis.url, stores.pepper) as (postgres, own):
+        async with Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway:
+            yield gateway, postgres, own
+
+
+@pytest.fixture
+async def place(standing: tuple[Gateway, PrivatePostgres, TestStores], provider: FakeProvider) -> AsyncIterator[Place]:
+    gateway, postgres, own = standing
+    database = Database(own.database_url, connections_max=1)
+    known, unknown = [await new_tenant(database, own.pepper) for _ in range(2)]
+    await database.close()
+    assert (await _ask(gateway, known)).status == 200
+    yield Place(gateway, postgres, known, unknown)
+    await postgres.start()
+    await eventually(lambda: _is_ready(gateway), 20)
+
+
+async def _ask(gateway: Gateway, tenant: Tenant) -> RawAnswer:
+    return await asyncio.wait_for(call(gateway.port, post(PATH, tenant.key, chat())), 40)
+
+
+async def _is_ready(gateway: Gateway) -> bool:
+    return (await call(gateway.port, b"GET /readyz HTTP/1.1\r\nhost: x\r\n\r\n")).status == 200
+
+
+async def _works(gateway: Gateway, tenant: Tenant) -> bool:
+    return (await _ask(gateway, tenant)).status == 200
+
+
+class TestStopped:
+    async def test_known_keys_work_unknown_ones_get_503_and_it_recovers_by_itself(self, place: Place) -> None:
+        gateway = place.gateway
+        await place.postgres.stop()
+        for _ in range(5):
+            assert (await _ask(gateway, place.known)).status == 200
+            got = await _ask(gateway, place.unknown)
+            assert (got.status, got.error()["code"]) == (503, "authentication_unavailable")
+            assert int(got.headers["retry-after"]) >= 1
+        assert not await _is_ready(gateway)
+        await place.postgres.start()
+        await eventually(lambda: _works(gateway, place.unknown), 10)
+        await eventually(lambda: _is_ready(gateway), 10)
+
+    async def test_every_answer_during_a_crash_and_its_recovery_is_200_or_503(self, place: Place) -> None:
+        """Guarantee: whatever PostgreSQL says while it dies and recovers, no caller reads a 500."""
+        gateway = place.gateway
+        place.postgres.crash()
+        starting = asyncio.create_task(place.postgres.start())
+        statuses: list[int] = []
+        while not starting.done():
+            statuses.append((await _ask(gateway, place.unknown)).status)
+        await starting
+        assert set(statuses) <= {200, 503}
+        await eventually(lambda: _works(gateway, place.unknown), 10)
+        assert '"call.broke"' not in gateway.log
+        assert '"request.broke"' not in gateway.log
+
+    async def test_a_gateway_starts_while_it_is_down_and_finds_it_later(
+        self, place: Place, standing: tuple[Gateway, PrivatePostgres, TestStores], provider: FakeProvider, workdir: Path
+    ) -> None:
+        await place.postgres.stop()
+        async with Gateway(standing[2], workdir, config_for(provider.base_url)) as late:
+            got = await _ask(late, place.known)
+            assert (got.status, got.error()["code"]) == (503, "authentication_unavailable")
+            assert not await _is_ready(late)
+            await place.postgres.start()
+            await eventually(lambda: _works(late, place.known), 10)
+
+
+class TestFrozen:
+    async def test_a_silent_postgresql_is_given_up_in_bounded_time_and_delays_no_known_key(self, place: Place) -> None:
+        gateway = place.gateway
+        children = Path(f"/proc/{place.postgres.pid}/task/{place.postgres.pid}/children").read_text().split()
+        everybody = [place.postgres.pid, *map(int, children)]
+        for pid in everybody:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            refused = asyncio.create_task(_ask(gateway, place.unknown))
+            for _ in range(5):
+                at = time.monotonic()
+                assert (await _ask(gateway, place.known)).status == 200
+                assert time.monotonic() - at < 1
+            got = await refused
+            assert (got.status, got.error()["code"]) == (503, "authentication_unavailable")
+            assert time.monotonic() - started < 12
+        finally:
+            for pid in everybody:
+                os.kill(pid, signal.SIGCONT)
+        await eventually(lambda: _works(gateway, place.unknown), 20)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, MutableMapping
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import structlog
 
@@ -20,7 +20,7 @@ Redact = Callable[[str], str]
 _SECRET_NAMES = ("authorization", "api_key", "api-key", "x-api-key", "password", "secret", "pepper", "cookie")
 
 
-def configure_logs(settings: LogSettings, redact: Redact, *, stream: TextIO | None = None) -> None:
+def configure_logs(settings: LogSettings, redact: Redact, stream: Any = None) -> None:
     """Send structlog and the standard library's logging to *stream* (standard error), scrubbed by *redact*.
 
     Errors: RuntimeError when a planted secret comes through: better no start than keys in a log.
@@ -45,7 +45,7 @@ def configure_logs(settings: LogSettings, redact: Redact, *, stream: TextIO | No
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(stream or sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_ToStructlog()], level=logging.WARNING, force=True)

@@ -28,6 +28,7 @@ _WRITE_SECONDS_MAX: Final = 60.0
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 _JSON: Final = b"application/json"
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
+_EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
 _CLIENT_CLOSED: Final = 499
 
 Phase = Literal["reading", "waiting", "writing", "running"]
@@ -45,6 +46,7 @@ class Run:
 
     __slots__ = (
         "_has_given_up",
+        "_last",
         "_pinging",
         "_send",
         "exchange",
@@ -68,6 +70,7 @@ class Run:
         self.interruption: AppError | None = None
         self._send = send
         self._has_given_up = False
+        self._last = _KEEP_ALIVE
         self._pinging: asyncio.Task[None] | None = None
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
@@ -90,6 +93,7 @@ class Run:
         if self.is_gone:
             return
         self.phase, self.since = "writing", now
+        self._last = data
         try:
             await self._send({"type": "http.response.body", "body": data, "more_body": True})
         except asyncio.CancelledError:
@@ -115,7 +119,9 @@ class Run:
             return
         if self.is_committed:
             # Never a `[DONE]` behind an error: it would say that the answer is whole.
-            await self._send({"type": "http.response.body", "body": b"data: %b\n\n" % body_of(error)})
+            # A large event goes on in pieces: what broke off inside one must not swallow the error.
+            gap = b"" if self._last.endswith(_EVENT_ENDS) else b"\n\n"
+            await self._send({"type": "http.response.body", "body": b"%bdata: %b\n\n" % (gap, body_of(error))})
             return
         headers = answer_headers(exchange, _JSON) + headers_of(error)
         if isinstance(error, RateLimitReached):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from datetime import UTC, datetime
 from typing import Final
 
 import msgspec
 
+from core.log_writer import LogWriter
 from inference.exchange import Exchange
 
 _FLUSH_SECONDS: Final = 0.1
-_LINES_MAX: Final = 10_000
 _encode: Final = msgspec.json.Encoder().encode
 
 
@@ -44,23 +43,19 @@ class _Line(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class RequestLog:
-    """Writes to a file descriptor. When nobody reads it fast enough, lines are dropped and counted: calls go on."""
+    """Collects lines for a tenth of a second, then hands them over. The writer drops what nobody takes."""
 
-    def __init__(self, descriptor: int = 2) -> None:
-        self._descriptor = descriptor
+    def __init__(self, writer: LogWriter) -> None:
+        self._writer = writer
         self._lines: list[bytes] = []
         self._loop = asyncio.get_running_loop()
         self._second = 0
         self._stamp = ""
-        self.dropped = 0
 
     def write(self, exchange: Exchange, duration_seconds: float) -> None:
         """Add a call's line to the current batch."""
         if not self._lines:
             self._loop.call_later(_FLUSH_SECONDS, self.flush)
-        elif len(self._lines) >= _LINES_MAX:
-            self.dropped += 1
-            return
         principal, deployment, reservation = exchange.principal, exchange.deployment, exchange.reservation
         first_byte = exchange.first_byte_at
         self._lines.append(
@@ -92,14 +87,10 @@ class RequestLog:
         )
 
     def flush(self) -> None:
-        """Write the batch in one call."""
+        """Hand the batch to the writer."""
         lines, self._lines = self._lines, []
-        if not lines:
-            return
-        try:
-            os.write(self._descriptor, b"\n".join(lines) + b"\n")
-        except OSError:
-            self.dropped += len(lines)
+        if lines:
+            self._writer.write(b"\n".join(lines) + b"\n")
 
     def _timestamp(self) -> str:
         now = time.time()

@@ -15,6 +15,7 @@ import structlog
 from core.clock import SystemClock
 from core.database import Database
 from core.ids import GatewayId, new_id
+from core.log_writer import LogWriter
 from core.redis import Scripts, scripts_for
 from core.settings import Settings
 from gateway.admission import Admission
@@ -46,7 +47,9 @@ _log = structlog.get_logger(__name__)
 class Runtime:
     """Everything one API process works with. Made by `running`, and nowhere else."""
 
-    def __init__(self, settings: Settings, database: Database, scripts: Scripts, feed: KeyFeed) -> None:
+    def __init__(
+        self, settings: Settings, log: LogWriter, *, database: Database, scripts: Scripts, feed: KeyFeed
+    ) -> None:
         self.settings = settings
         self.database = database
         self.scripts = scripts
@@ -66,7 +69,8 @@ class Runtime:
         )
         self.admission = Admission(settings.edge)
         self.live = LiveRuns(settings.edge, self.quota)
-        self.request_log = RequestLog()
+        self.log = log
+        self.request_log = RequestLog(log)
         self.metrics = CallMetrics(settings.data_dir / "metrics", self._sample)
         self.upstreams = {"openai": OpenAIHttp(self.client), "litellm": ViaLitellm(), "demo": Demo()}
         self.inference = Inference(
@@ -96,7 +100,7 @@ class Runtime:
             "aap_quota_local_decisions": float(self.quota.local_decisions),
             "aap_quota_unsent_settlements": float(self.quota.unsent_settlements),
             "aap_admission_refused": float(self.admission.refused),
-            "aap_request_log_dropped_lines": float(self.request_log.dropped),
+            "aap_log_dropped_writes": float(self.log.dropped),
             "aap_upstream_requests_on_reused_connections": float(self.client.requests_reused),
             "aap_upstream_stale_retries": float(self.client.requests_retried_stale),
         }
@@ -136,7 +140,7 @@ class Runtime:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncGenerator[Runtime]:
+async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]:
     """Start the parts of an API process; at the end, stop them in reverse."""
     assert settings.database_url is not None
     assert settings.redis_url is not None
@@ -144,7 +148,7 @@ async def running(settings: Settings) -> AsyncGenerator[Runtime]:
     scripts = scripts_for(settings.redis_url)
     feed = KeyFeed(GatewayId(new_id("gw")), database, settings.redis_url)
     await scripts.start()
-    runtime = Runtime(settings, database, scripts, feed)
+    runtime = Runtime(settings, log, database=database, scripts=scripts, feed=feed)
     await feed.start(runtime.authenticator.forget)
     runtime.live.start()
     housekeeping = asyncio.create_task(runtime.keep_house())

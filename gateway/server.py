@@ -19,6 +19,7 @@ from granian.http import HTTP1Settings
 from granian.log import LogLevels
 from granian.server.embed import Server
 
+from core.log_writer import LogWriter
 from core.settings import EdgeSettings, Settings, load
 from core.telemetry import configure_logs
 from gateway.app import create_app
@@ -31,13 +32,13 @@ _INTERRUPTED_SECONDS_MAX: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, log: LogWriter) -> None:
     """Serve until SIGTERM or SIGINT, then drain: take nothing new, finish what runs, cut what takes too long."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings) as runtime:
+    async with running(settings, log) as runtime:
         server = _server(create_app(runtime), settings.edge)
         _relax_garbage_collection()
         server.on_startup(_tell_supervisor)
@@ -100,5 +101,9 @@ def _tell_supervisor() -> None:
 
 if __name__ == "__main__":
     _settings = load(os.environ)
-    configure_logs(_settings.log, redact)
-    uvloop.run(serve(_settings))
+    _log_writer = LogWriter(2)
+    configure_logs(_settings.log, redact, _log_writer)
+    try:
+        uvloop.run(serve(_settings, _log_writer))
+    finally:
+        _log_writer.close()

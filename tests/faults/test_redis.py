@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from core.database import Database
 from keys.limits import RateLimits
 from tests.faults.conftest import PATH
-from tests.harness.eventually import eventually
+from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway, config_for
 from tests.harness.private_stores import PrivateRedis, private_redis
 from tests.harness.provider import FakeProvider, stream
@@ -120,9 +120,10 @@ class TestKilled:
 
 class TestFrozen:
     async def test_three_seconds_of_silence_delay_nobody_for_long(
-        self, gateway: Gateway, fragile: PrivateRedis, tenant: Tenant
+        self, gateway: Gateway, fragile: PrivateRedis, database: Database, stores: TestStores
     ) -> None:
         """Guarantee: no call waits for a Redis that holds its connections and answers nothing."""
+        tenant = await new_tenant(database, stores.pepper)
         for _ in range(20):
             assert not _is_local(await _ask(gateway, tenant))
         fragile.freeze()
@@ -134,6 +135,7 @@ class TestFrozen:
             got = await asyncio.gather(*(_ask(gateway, tenant) for _ in range(8)))
             seconds.append(time.perf_counter() - started)
             locals_seen += sum(_is_local(one) for one in got)
+            await moment(0.02)
         fragile.thaw()
         seconds.sort()
         assert locals_seen == len(seconds) * 8

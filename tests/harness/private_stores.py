@@ -71,12 +71,23 @@ class PrivatePostgres:
     def pid(self) -> int:
         return int((self._directory / "postmaster.pid").read_text().split()[0])
 
-    def crash(self) -> None:
-        """Kill it as a power cut would: the next start has to recover first."""
+    @property
+    def pids(self) -> list[int]:
+        """The server's process and its children."""
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        for pid in (self.pid, *map(int, children)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        return [self.pid, *map(int, children)]
+
+    def crash(self) -> None:
+        """Kill a child at once: the server then ends every connection, recovers, and lets nobody in meanwhile."""
+        os.kill(self.pids[1], signal.SIGKILL)
+
+    def freeze(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        for pid in self.pids:
+            os.kill(pid, signal.SIGCONT)
 
 
 @contextlib.asynccontextmanager

@@ -1,14 +1,12 @@
-"""Redis servers of a test's own: to be paused, killed and started again, alone or as a cluster."""
+"""A Redis Cluster of a test's own, whose nodes can be killed and started again."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import shutil
-import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -21,77 +19,47 @@ from tests.harness.eventually import eventually
 _SLOTS = 16_384
 
 
-class PrivateRedis:
-    """A Redis server on a unix socket (or, with *port*, on TCP). Its data is gone with every stop unless kept."""
+class Node:
+    """One server of the cluster, on TCP, with an append-only file that it starts again from."""
 
-    def __init__(self, directory: Path, *options: str, port: int = 0) -> None:
+    def __init__(self, directory: Path, *options: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.port = port
+        self._directory = directory
         self._options = options
-        self._socket = directory / "r.sock"
         self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}" if self.port else f"unix://{self._socket}"
+        self.port = _cluster_port()
 
     async def start(self) -> Self:
-        where = (
-            ("--port", str(self.port), "--bind", "127.0.0.1")
-            if self.port
-            else ("--port", "0", "--unixsocket", str(self._socket))
-        )
-        self._process = subprocess.Popen(
-            [str(redis_server_program()), *where, "--dir", str(self.directory), "--save", "", *self._options],
-            stdin=subprocess.DEVNULL,
-            stdout=(self.directory / "log").open("ab"),
-            stderr=subprocess.STDOUT,
-        )
+        with (self._directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(redis_server_program()),
+                    *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._directory)),
+                    *self._options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         await eventually(self._answers, 20)
         return self
 
-    def pause(self) -> None:
-        """Stop it as a machine stalls: connections stay open and nothing answers."""
-        self._send(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._send(signal.SIGCONT)
-
     async def kill(self) -> None:
         if self._process is not None:
-            self.resume()
             self._process.kill()
-            await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+            await asyncio.to_thread(self._process.wait)
             self._process = None
 
-    async def client(self) -> Redis:
-        return cast("Any", Redis).from_url(self.url)
-
-    def _send(self, number: int) -> None:
-        if self._process is not None:
-            self._process.send_signal(number)
+    def client(self) -> Redis:
+        return cast("Any", Redis).from_url(f"redis://127.0.0.1:{self.port}")
 
     def _answers(self) -> bool:
-        family, address = (
-            (socket.AF_INET, ("127.0.0.1", self.port)) if self.port else (socket.AF_UNIX, str(self._socket))
-        )
         try:
-            with socket.socket(family) as connection:
-                connection.settimeout(1)
-                connection.connect(cast("Any", address))
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
                 connection.sendall(b"PING\r\n")
                 return connection.recv(16).startswith(b"+PONG")
         except OSError:
             return False
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self.kill()
 
 
 class RedisCluster:
@@ -100,18 +68,10 @@ class RedisCluster:
     def __init__(self, directory: Path, nodes: int = 3) -> None:
         self._directory = directory
         self.nodes = [
-            PrivateRedis(
+            Node(
                 directory / f"n{at}",
-                *(
-                    "--cluster-enabled",
-                    "yes",
-                    "--cluster-node-timeout",
-                    "1000",
-                    "--cluster-require-full-coverage",
-                    "yes",
-                ),
-                *("--appendonly", "yes", "--appendfsync", "always"),
-                port=_cluster_port(),
+                *("--cluster-enabled", "yes", "--cluster-node-timeout", "1000"),
+                *("--appendonly", "yes", "--appendfsync", "always", "--save", ""),
             )
             for at in range(nodes)
         ]
@@ -124,7 +84,7 @@ class RedisCluster:
         await asyncio.gather(*(node.start() for node in self.nodes))
         first, count = self.nodes[0], len(self.nodes)
         for at, node in enumerate(self.nodes):
-            client = await node.client()
+            client = node.client()
             slots = range(_SLOTS * at // count, _SLOTS * (at + 1) // count)
             await cast("Any", client).execute_command("CLUSTER", "ADDSLOTS", *slots)
             await cast("Any", client).execute_command("CLUSTER", "SET-CONFIG-EPOCH", at + 1)
@@ -134,16 +94,16 @@ class RedisCluster:
         await self.wait_ok()
         return self
 
-    async def wait_ok(self, timeout_seconds: float = 30) -> None:
+    async def wait_ok(self) -> None:
         """Return when every node knows every other one and all slots are served."""
-        deadline = time.monotonic() + timeout_seconds
-        for node in self.nodes:
-            while not await self._is_ok(node):
-                assert time.monotonic() < deadline, "the cluster did not come up"
-                await asyncio.sleep(0.02)
 
-    async def _is_ok(self, node: PrivateRedis) -> bool:
-        client = await node.client()
+        async def is_ok() -> bool:
+            return all([await self._is_ok(node) for node in self.nodes])
+
+        await eventually(is_ok, 30)
+
+    async def _is_ok(self, node: Node) -> bool:
+        client = node.client()
         try:
             text = cast("Any", await cast("Any", client).execute_command("CLUSTER", "INFO"))
         finally:

@@ -36,7 +36,14 @@ class Table(DeclarativeBase):
 class Database:
     """A pool of connections to PostgreSQL. A function that takes a session never commits; this class does."""
 
-    def __init__(self, url: str, *, connections_max: int = 5, connect_timeout_seconds: float = 5.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connections_max: int = 5,
+        connect_timeout_seconds: float = 5.0,
+        statement_seconds_max: float = 30.0,
+    ) -> None:
         self._engine: AsyncEngine = create_async_engine(
             asyncpg_url(url),
             pool_size=connections_max,
@@ -44,7 +51,7 @@ class Database:
             pool_timeout=connect_timeout_seconds,
             # A restarted PostgreSQL leaves dead connections in the pool; the ping finds them before a caller does.
             pool_pre_ping=True,
-            connect_args={"timeout": connect_timeout_seconds, "command_timeout": 30},
+            connect_args={"timeout": connect_timeout_seconds, "command_timeout": statement_seconds_max},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 

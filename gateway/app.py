@@ -100,7 +100,7 @@ def _known(request: Request[Any, Any, Any], error: Exception) -> Exception:
     if isinstance(error, NotFoundException):
         return RouteNotFound(request.method, request.url.path)
     if isinstance(error, MethodNotAllowedException):
-        return MethodNotAllowed(error.headers.get("allow", "another method") if error.headers else "another method")
+        return MethodNotAllowed((error.headers or {}).get("allow", "GET"))
     if isinstance(error, HTTPException) and error.status_code == 413:
         return BodyTooLarge(_BODY_BYTES_MAX)
     if isinstance(error, HTTPException) and error.status_code < 500:

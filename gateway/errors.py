@@ -34,6 +34,7 @@ from core.errors import (
 )
 from inference.errors import UpstreamTimedOut
 from keys.errors import RateLimitReached
+from keys.secrets import redact
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -63,6 +64,7 @@ class MethodNotAllowed(Invalid):
 
     def __init__(self, allowed: str) -> None:
         super().__init__(f"Method not allowed: use {allowed}.")
+        self.allowed = allowed
 
 
 class RequestTimedOut(Invalid):
@@ -153,7 +155,8 @@ def error_body(error: Exception) -> ErrorBody:
     kind = _form(error)[1]
     if isinstance(error, RateLimitReached) and error.dimension.startswith("tokens"):
         kind = "tokens"
-    return ErrorBody(ErrorDetail(error.message, kind, error.param, error.code))
+    # A message may quote what was sent, and what was sent in the wrong place may be a key.
+    return ErrorBody(ErrorDetail(redact(error.message), kind, error.param, error.code))
 
 
 def headers_of(error: Exception) -> Headers:
@@ -169,6 +172,8 @@ def headers_of(error: Exception) -> Headers:
     if isinstance(error, PaymentRequired):
         # Official clients retry every 429 unless told otherwise; no retry helps here.
         headers.append((b"x-should-retry", b"false"))
+    if isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allowed.encode()))  # RFC 9110, 15.5.6
     if isinstance(error, Unauthenticated):
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

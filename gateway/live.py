@@ -15,7 +15,7 @@ from core.errors import AppError
 from core.settings import EdgeSettings
 from gateway.answers import answer_headers, denial_headers
 from gateway.errors import Headers, RequestTimedOut, body_of, headers_of, status_of
-from inference.errors import StreamInterrupted
+from inference.errors import BodyInvalid, StreamInterrupted
 from inference.exchange import Exchange
 from keys.errors import RateLimitReached
 from keys.limits import LEASE_SECONDS
@@ -116,6 +116,8 @@ class Run:
             await self._pinging
         if self.is_gone or isinstance(error, ClientGone):
             exchange.status = exchange.status or _CLIENT_CLOSED
+            if self.phase == "reading":
+                await self._answer_broken_body()
             return
         if self.is_committed:
             # Never a `[DONE]` behind an error: it would say that the answer is whole.
@@ -127,6 +129,14 @@ class Run:
         if isinstance(error, RateLimitReached):
             denial_headers(headers, error)
         await self.whole(status_of(error), headers, body_of(error))
+
+    async def _answer_broken_body(self) -> None:
+        """Answer a call whose body broke off: the server says the same of one whose framing was malformed."""
+        status = self.exchange.status
+        broken = BodyInvalid("The request body broke off or was malformed.")
+        with contextlib.suppress(Exception):
+            await self.whole(status_of(broken), answer_headers(self.exchange, _JSON), body_of(broken))
+        self.exchange.status = status
 
     def interrupt(self, error: AppError) -> None:
         """End the call from outside: its task is cancelled and answers with *error*."""

@@ -106,9 +106,9 @@ def _ask_for_usage(request: ParsedRequest, fields: Fields) -> None:
         return
     options = _decode(_stream_options, raw, "stream_options")
     request.shows_usage = bool(options and options.include_usage)
-    if not request.shows_usage:
-        others = _decode(_fields, raw, "stream_options") if options is not None else {}
-        fields["stream_options"] = msgspec.Raw(_encode({**others, "include_usage": True}))
+    # Put together again also where it says what we want: it may say it twice, and differently.
+    others = _decode(_fields, raw, "stream_options") if options is not None else {}
+    fields["stream_options"] = msgspec.Raw(_encode({**others, "include_usage": True}))
 
 
 def _decode_fields(body: bytes) -> Fields:
@@ -173,7 +173,9 @@ def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, 
             for part in parser.parse(body):
                 if isinstance(part, MultipartSegment):
                     segment = part
-                    chunks = [] if part.name in names and not part.filename else None
+                    chunks = [] if part.name in names else None
+                    if chunks is not None and part.filename is not None:
+                        raise BodyInvalid(f"Invalid form: '{part.name}' is not a file.", param=part.name)
                 elif part is not None and chunks is not None:
                     chunks.append(bytes(part[: _MODEL_LENGTH_MAX + 1]))
                 elif part is None and chunks is not None and segment is not None:

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 from sqlalchemy import select, text, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.dialects.postgresql import distinct_on, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
@@ -146,7 +146,7 @@ async def list_keys(session: AsyncSession, *, organization_id: OrganizationId) -
         select(KeyRow, KeySecretRow.hint)
         .join(KeySecretRow, KeySecretRow.key_id == KeyRow.id)
         .where(KeyRow.organization_id == organization_id, KeySecretRow.organization_id == organization_id)
-        .distinct(KeyRow.id)
+        .ext(distinct_on(KeyRow.id))
         .order_by(KeyRow.id, KeySecretRow.id.desc())
     )
     return [_key(row, hint) for row, hint in rows.tuples()]

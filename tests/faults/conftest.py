@@ -54,3 +54,10 @@ async def gateway(stores: TestStores, faulty_provider: FakeProvider) -> AsyncIte
 def model() -> Iterator[str]:
     """A model whose deployment no other test has used."""
     yield next(_unused)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def minute_begins(request: pytest.FixtureRequest) -> None:
+    """Start the minute of test_slow_clients with the first test, when that module runs here."""
+    if any(item.path.name == "test_slow_clients.py" for item in request.session.items):
+        request.getfixturevalue("a_minute")

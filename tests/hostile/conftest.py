@@ -16,6 +16,7 @@ from tests.harness.raw import RawAnswer, RawConnection
 from tests.harness.stores import TestStores
 
 PATH = "/v1/chat/completions"
+_SILENCE_SECONDS = 0.3
 BODY_BYTES_MAX = 10 * 1024 * 1024
 
 
@@ -47,17 +48,18 @@ async def gateway(stores: TestStores, patient_provider: FakeProvider) -> AsyncIt
 
 
 async def spoken(port: int, data: bytes) -> bytes:
-    """Send *data* and half-close; return everything that the gateway says until it closes, too."""
+    """Send *data*; return all that the gateway says until it closes, or falls silent with a request half read."""
     connection = await RawConnection.open(port)
+    said = b""
     try:
         connection.writer.write(data)
-        connection.writer.write_eof()
-        async with asyncio.timeout(10):
-            return await connection.reader.read(-1)
-    except ConnectionError:
-        return b""
+        while piece := await asyncio.wait_for(connection.reader.read(65_536), _SILENCE_SECONDS if said else 1.5):
+            said += piece
+    except (ConnectionError, TimeoutError):
+        pass
     finally:
-        connection.close()
+        connection.reset()
+    return said
 
 
 def statuses(said: bytes) -> list[int]:

@@ -185,7 +185,7 @@ def _modes_kept(*paths: Path) -> Generator[None]:
     finally:
         for folder, mode in modes.items():
             if stat.S_IMODE(folder.stat().st_mode) != mode:
-                folder.chmod(mode | stat.S_IXOTH)
+                folder.chmod(mode | stat.S_IXGRP | stat.S_IXOTH)
 
 
 class _RedisServer:

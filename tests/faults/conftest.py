@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from core.database import Database
 from tests.harness.gateway import Gateway, config_for
+from tests.harness.minute import Minute, begin_a_minute
 from tests.harness.provider import FakeProvider, answer, chat_answer
 from tests.harness.stores import TestStores
 
@@ -57,7 +59,12 @@ def model() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def minute_begins(request: pytest.FixtureRequest) -> None:
-    """Start the minute of test_slow_clients with the first test, when that module runs here."""
+async def a_minute(
+    request: pytest.FixtureRequest, stores: TestStores, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Minute | None]:
+    """The minute of test_slow_clients: it begins with the first fault test, when that module runs here."""
     if any(item.path.name == "test_slow_clients.py" for item in request.session.items):
-        request.getfixturevalue("a_minute")
+        async with begin_a_minute(stores, database, tmp_path_factory.mktemp("minute")) as minute:
+            yield minute
+    else:
+        yield None

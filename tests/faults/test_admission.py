@@ -106,9 +106,7 @@ class TestAdmission:
         await eventually(lambda: _is(narrow, "aap_requests_in_flight", 0), 10)
         await eventually(lambda: nothing_is_taken(redis, tenant.organization_id))
 
-    async def test_a_refused_call_costs_no_quota(
-        self, narrow: Gateway, provider: FakeProvider, tenant: Tenant
-    ) -> None:
+    async def test_a_refused_call_costs_no_quota(self, narrow: Gateway, provider: FakeProvider, tenant: Tenant) -> None:
         gate = Gate()
         provider.default = gate.play
         connections = [await _asked(narrow, tenant, f"{number}") for number in range(6)]

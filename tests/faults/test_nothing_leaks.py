@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from core.database import Database
 from keys.limits import RateLimits
-from keys.quota import LEASE_SECONDS
+
 from tests.faults.conftest import PATH
 from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway, config_for
@@ -27,6 +27,8 @@ from tests.harness.tenant import Tenant, new_tenant
 _CALLS = 10_000 if os.environ.get("AAP_TEST_SCALE") == "full" else 600
 _TOGETHER = 40
 _KILLS = 3
+# As documented in keys/quota.py: after this long the slots of a killed process are free again.
+_LEASE_SECONDS = 60
 _SEED = 20_261_120
 # 100 tokens a second flow back: little beside what one leaked reservation (20,000 and more) would take.
 _TOKENS_A_DAY = 864_000 * 20
@@ -146,7 +148,8 @@ async def test_no_reservation_no_slot_and_no_token_is_lost(
     provider = await _provider(random.Random(_SEED + 1)).start()
     limits = {"key": RateLimits(tokens_per_day=_TOKENS_A_DAY, concurrent_requests=500)}
     tenants = [
-        await new_tenant(database, stores.pepper, policy=policy, limits=limits) for policy in ("drain", "drain", "abort")
+        await new_tenant(database, stores.pepper, policy=policy, limits=limits)
+        for policy in ("drain", "drain", "abort")
     ]
     started_at = time.time()
     async with Gateway(stores, workdir, config_for(provider.base_url)) as gateway:
@@ -158,7 +161,9 @@ async def test_no_reservation_no_slot_and_no_token_is_lost(
         assert len(ids) <= _TOGETHER * _KILLS
         used = Counter[str]()
         for line in gateway.calls():
-            used[str(line.get("key_id"))] += int(str(line.get("input_tokens", 0))) + int(str(line.get("output_tokens", 0)))
+            used[str(line.get("key_id"))] += int(str(line.get("input_tokens", 0))) + int(
+                str(line.get("output_tokens", 0))
+            )
         provider.default = answer(chat_answer(usage=(0, 0)))
         for tenant in tenants:
             await _assert_tokens_are_back(gateway, tenant, used[tenant.key_id], ids, redis, started_at)
@@ -172,7 +177,7 @@ async def _only_of_the_dead(
 ) -> tuple[set[str], dict[str, float]] | None:
     """What is left once every lease that is left was last renewed before a kill; None as long as others are there."""
     ids, taken = await _left(redis, tenants)
-    is_settled = ids == taken.keys() and all(ends <= killed_at[-1] + LEASE_SECONDS for ends in taken.values())
+    is_settled = ids == taken.keys() and all(ends <= killed_at[-1] + _LEASE_SECONDS for ends in taken.values())
     await moment(0.2)
     return (ids, taken) if is_settled and (ids, taken) == await _left(redis, tenants) else None
 

@@ -32,9 +32,14 @@ class Place(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def standing(stores: TestStores, faulty_provider: FakeProvider) -> AsyncIterator[tuple[Gateway, PrivatePostgres, TestStores]]:
+async def standing(
+    stores: TestStores, faulty_provider: FakeProvider
+) -> AsyncIterator[tuple[Gateway, PrivatePostgres, TestStores]]:
     directory = Path(tempfile.mkdtemp(prefix="aap-"))
-    async with private_redis(directory) as redis, private_postgres(directory, redis.url, stores.pepper) as (postgres, own):
+    async with (
+        private_redis(directory) as redis,
+        private_postgres(directory, redis.url, stores.pepper) as (postgres, own),
+    ):
         async with Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway:
             yield gateway, postgres, own
 

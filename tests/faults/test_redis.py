@@ -18,7 +18,7 @@ from tests.harness.gateway import Gateway, config_for
 from tests.harness.private_stores import PrivateRedis, private_redis
 from tests.harness.provider import FakeProvider, stream
 from tests.harness.quota_view import nothing_is_taken
-from tests.harness.raw import RawAnswer, RawConnection, call, chat, post
+from tests.harness.raw import RawAnswer, call, chat, post
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant, new_tenant
 

@@ -62,7 +62,9 @@ class TestStreams:
     ) -> None:
         streams = Streams()
         provider.default = streams.play
-        gateway = Gateway(stores, workdir, config_for(provider.base_url).replace("idle_seconds = 3", "idle_seconds = 30"))
+        gateway = Gateway(
+            stores, workdir, config_for(provider.base_url).replace("idle_seconds = 3", "idle_seconds = 30")
+        )
         await gateway.start()
         texts = ["short" if number % 2 == 0 else "long" for number in range(_STREAMS)]
         connections = [await _open(gateway, tenant, text) for text in texts]

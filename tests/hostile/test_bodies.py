@@ -69,7 +69,9 @@ class TestTooLarge:
         except (ConnectionError, TimeoutError):
             # The answer was sent while we were sending: the rest is refused by the closed connection.
             pass
-        line = await eventually(lambda: next((c for c in gateway.calls() if c.get("key_id") == tenant.key_id and c["status"] != 200), None))
+        line = await eventually(
+            lambda: next((c for c in gateway.calls() if c.get("key_id") == tenant.key_id and c["status"] != 200), None)
+        )
         assert (line["status"], line["error_code"]) == (413, "request_too_large")
         assert sent_bytes < 100 * MEGABYTE
         assert resident_bytes_peak(pid) - before < 48 * MEGABYTE
@@ -136,7 +138,9 @@ class TestOdd:
         assert got.status in {400, 404}
         assert provider.received == []
 
-    @pytest.mark.parametrize("value", ["1e999", "-1", "9" * 400, "1.5", "null", '"x"', "[]", "true", "0", "-0", "1E-999"])
+    @pytest.mark.parametrize(
+        "value", ["1e999", "-1", "9" * 400, "1.5", "null", '"x"', "[]", "true", "0", "-0", "1E-999"]
+    )
     @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n", "temperature"])
     async def test_odd_numbers_are_the_providers_business_and_reserve_no_nonsense(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, name: str, value: str
@@ -166,7 +170,10 @@ class TestOdd:
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
     ) -> None:
         """Guarantee: whichever of two names a provider takes, it reports usage."""
-        for options in (b'{"include_usage":false,"include_usage":true}', b'{"include_usage":true,"include_usage":false}'):
+        for options in (
+            b'{"include_usage":false,"include_usage":true}',
+            b'{"include_usage":true,"include_usage":false}',
+        ):
             body = b'{"model":"fake","messages":[],"stream":true,"stream_options":%b}' % options
             assert (await call(gateway.port, post(PATH, tenant.key, body))).status == 200
             assert b"false" not in provider.received[-1].body.partition(b'"stream_options"')[2]
@@ -193,7 +200,9 @@ class TestContentType:
         assert (got.status, assert_clear_error(got)["code"]) == (415, "unsupported_content_type")
         assert provider.received == []
 
-    @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON", "application/json;charset=utf-8", None, ""])
+    @pytest.mark.parametrize(
+        "content_type", ["application/json", "Application/JSON", "application/json;charset=utf-8", None, ""]
+    )
     async def test_json_in_every_spelling_is_taken(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, content_type: str | None
     ) -> None:
@@ -231,7 +240,9 @@ _json = st.recursive(
     max_leaves=12,
 )
 _NAMES = ("model", "messages", "stream", "stream_options", "max_tokens", "n", "user", "tools", "include_usage")
-_bodies = st.dictionaries(st.sampled_from(_NAMES), _json | st.just("fake") | st.just({"include_usage": True}), max_size=6)
+_bodies = st.dictionaries(
+    st.sampled_from(_NAMES), _json | st.just("fake") | st.just({"include_usage": True}), max_size=6
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

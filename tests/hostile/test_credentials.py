@@ -104,7 +104,11 @@ class TestSeveral:
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
     ) -> None:
         key = tenant.key.encode()
-        for lines in ([b"x-api-key: " + key], [b"api-key: " + key], [b"authorization: bearer " + key, b"x-api-key: " + key]):
+        for lines in (
+            [b"x-api-key: " + key],
+            [b"api-key: " + key],
+            [b"authorization: bearer " + key, b"x-api-key: " + key],
+        ):
             assert (await call(gateway.port, _request(*lines))).status == 200
 
     async def test_different_keys_are_refused_in_every_order(

@@ -10,7 +10,13 @@ from tests.harness.raw import RawAnswer, call, post
 from tests.harness.tenant import Tenant
 from tests.hostile.conftest import assert_clear_error, spoken, statuses
 
-_HOT = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/images/generations", "/v1/audio/transcriptions")
+_HOT = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/images/generations",
+    "/v1/audio/transcriptions",
+)
 _FORM = "/v1/audio/transcriptions"
 _BOUNDARY = "frontier"
 
@@ -68,7 +74,11 @@ class TestMetrics:
 
 
 def _part(name: str, value: bytes, disposition: str = "") -> bytes:
-    return b'--frontier\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % (name.encode(), disposition.encode(), value)
+    return b'--frontier\r\ncontent-disposition: form-data; name="%b"%b\r\n\r\n%b\r\n' % (
+        name.encode(),
+        disposition.encode(),
+        value,
+    )
 
 
 _FILE = _part("file", b"RIFF\x00\xff" * 50, '; filename="a.wav"')

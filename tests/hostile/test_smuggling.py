@@ -111,7 +111,9 @@ class TestAmbiguity:
 
     async def test_a_trailer_is_not_a_header(self, gateway: Gateway, provider: FakeProvider, tenant: Tenant) -> None:
         """Guarantee: a credential behind the body authenticates nobody."""
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n" + _TE + b"\r\n\r\n"
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n" + _TE + b"\r\n\r\n"
+        )
         trailer = b"%x\r\n%b\r\n0\r\nauthorization: Bearer %b\r\n\r\n" % (len(_BODY), _BODY, tenant.key.encode())
         assert statuses(await spoken(gateway.port, head + trailer))[:1] == [401]
         assert provider.received == []
@@ -219,12 +221,19 @@ class TestUpgrades:
     @pytest.mark.parametrize(
         "lines",
         [
-            [b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-version: 13", b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA=="],
+            [
+                b"connection: upgrade",
+                b"upgrade: websocket",
+                b"sec-websocket-version: 13",
+                b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==",
+            ],
             [b"connection: upgrade, http2-settings", b"upgrade: h2c", b"http2-settings: AAMAAABkAARAAAAAAAIAAAAA"],
             [b"connection: upgrade", b"upgrade: TLS/1.3"],
         ],
     )
-    @pytest.mark.parametrize("first", [b"POST /v1/chat/completions HTTP/1.1", b"GET /v1/models HTTP/1.1", b"GET /nope HTTP/1.1"])
+    @pytest.mark.parametrize(
+        "first", [b"POST /v1/chat/completions HTTP/1.1", b"GET /v1/models HTTP/1.1", b"GET /nope HTTP/1.1"]
+    )
     async def test_no_upgrade_is_made(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, lines: list[bytes], first: bytes
     ) -> None:

@@ -27,15 +27,16 @@ serve: setup ## Run the gateway on this machine: PostgreSQL and Redis included
 	@exec $(BIN)/aap serve
 
 test: setup-dev check ## Run the checks and all tests
-	@$(BIN)/python -m pytest -n auto --dist loadgroup $(TESTS)
+	@$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore tests/architecture $(TESTS)
 
-check: setup-dev ## Format, lint, types, floors, dependencies, spelling
+check: setup-dev ## Format, lint, types, floors, dependencies, spelling, shape
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/pyright --level error
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/deptry .
 	@$(BIN)/codespell
+	@$(BIN)/python -m pytest -q tests/architecture
 
 format: setup-dev ## Format the code, and mend what lint can mend
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

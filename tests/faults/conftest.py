@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -45,17 +43,19 @@ def provider(faulty_provider: FakeProvider) -> FakeProvider:
 
 
 @pytest.fixture(scope="session")
-async def gateway(stores: TestStores, faulty_provider: FakeProvider) -> AsyncIterator[Gateway]:
-    directory = Path(tempfile.mkdtemp(prefix="aap-"))
+async def gateway(
+    stores: TestStores, faulty_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
+    directory = tmp_path_factory.mktemp("faults")
     config = impatient(config_for(faulty_provider.base_url, models=_MODELS))
     async with Gateway(stores, directory, config) as made:
         yield made
 
 
 @pytest.fixture
-def model() -> Iterator[str]:
+def model() -> str:
     """A model whose deployment no other test has used."""
-    yield next(_unused)
+    return next(_unused)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -68,7 +68,7 @@ class TestAdmission:
         assert len(provider.exchanges) == 4
         for number in range(2):
             gate.turns.release()
-            await eventually(lambda: len(provider.exchanges) == 5 + number)
+            await eventually(lambda count=5 + number: len(provider.exchanges) == count)
             assert b"queued %d" % number in provider.exchanges[-1].received.body
         for _ in range(4):
             gate.turns.release()

@@ -39,9 +39,9 @@ async def standing(
     async with (
         private_redis(directory) as redis,
         private_postgres(directory, redis.url, stores.pepper) as (postgres, own),
+        Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway,
     ):
-        async with Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway:
-            yield gateway, postgres, own
+        yield gateway, postgres, own
 
 
 @pytest.fixture

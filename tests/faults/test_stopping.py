@@ -127,7 +127,7 @@ class TestOthers:
         calls = []
         for number, text in enumerate(texts):
             calls.append(asyncio.create_task(call(gateway.port, post(PATH, tenant.key, chat(text=text)))))
-            await eventually(lambda: len(provider.exchanges) == min(2, number + 1))
+            await eventually(lambda count=min(2, number + 1): len(provider.exchanges) == count)
         await eventually(lambda: _queued(gateway))
         gateway.terminate()
         await eventually(lambda: "gateway.draining" in gateway.log)

@@ -47,7 +47,10 @@ async def run(job: Job) -> Result:
     quota = Quota(scripts, LocalQuota(SystemClock(), lambda: 1))
     result = Result([], [], 0, 0)
     chance = random.Random(job.seed)
-    scopes = [ScopedLimits(scope, "x", one) for scope, one in zip(("key", "project", "organization"), job.limits, strict=False)]
+    scopes = [
+        ScopedLimits(scope, "x", one)
+        for scope, one in zip(("key", "project", "organization"), job.limits, strict=False)
+    ]
 
     async def caller() -> None:
         for _ in range(job.asks_per_caller):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -38,8 +36,10 @@ def provider(patient_provider: FakeProvider) -> FakeProvider:
 
 
 @pytest.fixture(scope="session")
-async def gateway(stores: TestStores, patient_provider: FakeProvider) -> AsyncIterator[Gateway]:
-    directory = Path(tempfile.mkdtemp(prefix="aap-"))
+async def gateway(
+    stores: TestStores, patient_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Gateway]:
+    directory = tmp_path_factory.mktemp("hostile")
     config = config_for(patient_provider.base_url, models=("fake", "org/fake"))
     async with Gateway(stores, directory, config, AAP_HEADER_SECONDS_MAX="1") as made:
         yield made

@@ -92,7 +92,9 @@ def nobody() -> str:
 
 
 class TestRecognised:
-    async def test_a_principal_says_who_and_what_they_may(self, door: Door, database: Database, stores: TestStores) -> None:
+    async def test_a_principal_says_who_and_what_they_may(
+        self, door: Door, database: Database, stores: TestStores
+    ) -> None:
         tenant = await new_tenant(
             database, stores.pepper, NewKey(name="k", scopes=("chat:write",), models=("m",)), policy="abort"
         )
@@ -156,9 +158,15 @@ class TestLimits:
             },
         )
         # Somebody else's, and another key's of the same organization.
-        await new_tenant(database, stores.pepper, limits={"organization": RateLimits(requests_per_day=1), "model": RateLimits(tokens_per_day=1)})
+        await new_tenant(
+            database,
+            stores.pepper,
+            limits={"organization": RateLimits(requests_per_day=1), "model": RateLimits(tokens_per_day=1)},
+        )
         async with database.transaction() as session:
-            await set_limits(session, "key", "key_other", RateLimits(requests_per_day=1), organization_id=tenant.organization_id)
+            await set_limits(
+                session, "key", "key_other", RateLimits(requests_per_day=1), organization_id=tenant.organization_id
+            )
         limits = (await door.opens(tenant.key)).limits
         assert limits.key == RateLimits(requests_per_minute=10, tokens_per_minute=2)
         assert limits.project == RateLimits(tokens_per_day=20)
@@ -168,13 +176,25 @@ class TestLimits:
             "other": RateLimits(requests_per_day=6),
         }
 
-    async def test_a_plan_holds_the_four_scopes_and_leaves_out_the_unlimited(self, door: Door, database: Database, stores: TestStores) -> None:
+    async def test_a_plan_holds_the_four_scopes_and_leaves_out_the_unlimited(
+        self, door: Door, database: Database, stores: TestStores
+    ) -> None:
         door.defaults = DefaultLimits(organization=RateLimits())
-        tenant = await new_tenant(database, stores.pepper, limits={"key": RateLimits(tokens_per_minute=9), "model": RateLimits(tokens_per_day=7)})
+        tenant = await new_tenant(
+            database,
+            stores.pepper,
+            limits={"key": RateLimits(tokens_per_minute=9), "model": RateLimits(tokens_per_day=7)},
+        )
         principal = await door.opens(tenant.key)
         assert principal.plan_for("fake") is principal.plan_for("fake")
-        assert [(one.scope, one.id) for one in principal.plan_for("fake").scopes] == [("key", tenant.key_id), ("model", "fake")]
-        assert (principal.plan_for("fake").tokens_max, principal.plan_for("fake").tokens_scope) == (7, "model tokens per day")
+        assert [(one.scope, one.id) for one in principal.plan_for("fake").scopes] == [
+            ("key", tenant.key_id),
+            ("model", "fake"),
+        ]
+        assert (principal.plan_for("fake").tokens_max, principal.plan_for("fake").tokens_scope) == (
+            7,
+            "model tokens per day",
+        )
         assert [one.scope for one in principal.plan_for("unlimited").scopes] == ["key"]
         for number in range(1_000):
             principal.plan_for(f"m{number}")
@@ -187,7 +207,9 @@ class TestRefused:
         with pytest.raises(KeyMissing):
             await door.authenticator.authenticate(token, nobody)
 
-    @pytest.mark.parametrize("token", [b"x", b"sk-aap-", b"sk-aap-" + b"a" * 59, b"\xff" * 66, "sk-aap-é".encode(), b"\x00" * 100_000])
+    @pytest.mark.parametrize(
+        "token", [b"x", b"sk-aap-", b"sk-aap-" + b"a" * 59, b"\xff" * 66, "sk-aap-é".encode(), b"\x00" * 100_000]
+    )
     async def test_what_has_no_keys_form_costs_no_query_and_no_bucket(self, door: Door, token: bytes) -> None:
         for _ in range(100):
             with pytest.raises(KeyIncorrect):
@@ -201,7 +223,9 @@ class TestRefused:
         assert key not in messages.pop()
         assert door.database.transactions == 1
 
-    async def test_only_who_holds_the_secret_hears_that_it_has_ended(self, door: Door, database: Database, stores: TestStores) -> None:
+    async def test_only_who_holds_the_secret_hears_that_it_has_ended(
+        self, door: Door, database: Database, stores: TestStores
+    ) -> None:
         past = datetime.now(UTC) - timedelta(seconds=1)
         tenant = await new_tenant(database, stores.pepper, NewKey(name="k", expires_at=past))
         assert "expired" in (await door.refuses(tenant.key)).message
@@ -224,20 +248,34 @@ class TestRefused:
         await door.refuses(tenant.key)
         assert door.database.transactions == 1
 
-    async def test_a_revoked_key_is_refused_though_the_revokers_clock_is_ahead(self, door: Door, database: Database, tenant: Tenant) -> None:
+    async def test_a_revoked_key_is_refused_though_the_revokers_clock_is_ahead(
+        self, door: Door, database: Database, tenant: Tenant
+    ) -> None:
         """Guarantee: disabled is disabled, whatever the time was where that was decided."""
         async with database.transaction() as session:
-            await revoke_key(session, tenant.key_id, organization_id=tenant.organization_id, now=datetime.now(UTC) + timedelta(hours=1))
+            await revoke_key(
+                session,
+                tenant.key_id,
+                organization_id=tenant.organization_id,
+                now=datetime.now(UTC) + timedelta(hours=1),
+            )
         await door.refuses(tenant.key)
 
-    @pytest.mark.parametrize(("grace", "old_works"), [(timedelta(hours=1), True), (timedelta(0), False), (timedelta(seconds=-1), False)])
+    @pytest.mark.parametrize(
+        ("grace", "old_works"), [(timedelta(hours=1), True), (timedelta(0), False), (timedelta(seconds=-1), False)]
+    )
     async def test_a_rotated_keys_old_secret_works_through_its_grace(
         self, door: Door, database: Database, stores: TestStores, tenant: Tenant, grace: timedelta, *, old_works: bool
     ) -> None:
         now = datetime.now(UTC)
         async with database.transaction() as session:
             issued = await rotate_key(
-                session, tenant.key_id, organization_id=tenant.organization_id, grace=grace, pepper=stores.pepper, now=now
+                session,
+                tenant.key_id,
+                organization_id=tenant.organization_id,
+                grace=grace,
+                pepper=stores.pepper,
+                now=now,
             )
         new = await door.opens(issued.secret)
         assert new.key_id == tenant.key_id
@@ -253,7 +291,12 @@ class TestRefused:
         tenant = await new_tenant(database, stores.pepper, NewKey(name="k", expires_at=ends))
         async with database.transaction() as session:
             issued = await rotate_key(
-                session, tenant.key_id, organization_id=tenant.organization_id, grace=timedelta(days=9), pepper=stores.pepper, now=datetime.now(UTC)
+                session,
+                tenant.key_id,
+                organization_id=tenant.organization_id,
+                grace=timedelta(days=9),
+                pepper=stores.pepper,
+                now=datetime.now(UTC),
             )
         for key in (tenant.key, issued.secret):
             assert (await door.opens(key)).usable_until_seconds == pytest.approx(ends.timestamp(), abs=1e-3)
@@ -262,13 +305,30 @@ class TestRefused:
 class TestAddress:
     @pytest.fixture
     async def fenced(self, database: Database, stores: TestStores) -> Tenant:
-        return await new_tenant(database, stores.pepper, NewKey(name="k", ip_networks=("192.0.2.7/24", "2001:db8::/32", "203.0.113.5")))
+        return await new_tenant(
+            database, stores.pepper, NewKey(name="k", ip_networks=("192.0.2.7/24", "2001:db8::/32", "203.0.113.5"))
+        )
 
-    @pytest.mark.parametrize("address", ["192.0.2.1", "192.0.2.255", "203.0.113.5", "2001:db8::1", "2001:db8:ffff::", "::ffff:192.0.2.9"])
+    @pytest.mark.parametrize(
+        "address", ["192.0.2.1", "192.0.2.255", "203.0.113.5", "2001:db8::1", "2001:db8:ffff::", "::ffff:192.0.2.9"]
+    )
     async def test_inside(self, door: Door, fenced: Tenant, address: str) -> None:
         assert await door.opens(fenced.key, address)
 
-    @pytest.mark.parametrize("address", ["192.0.3.1", "203.0.113.6", "2001:db9::1", "::ffff:192.0.3.9", "::1", "", "unknown", "192.0.2.1, 1.1.1.1", "192.0.2.1:80"])
+    @pytest.mark.parametrize(
+        "address",
+        [
+            "192.0.3.1",
+            "203.0.113.6",
+            "2001:db9::1",
+            "::ffff:192.0.3.9",
+            "::1",
+            "",
+            "unknown",
+            "192.0.2.1, 1.1.1.1",
+            "192.0.2.1:80",
+        ],
+    )
     async def test_outside_also_when_the_key_is_cached(self, door: Door, fenced: Tenant, address: str) -> None:
         await door.opens(fenced.key, "192.0.2.1")
         for _ in range(2):
@@ -318,7 +378,9 @@ class TestGuessing:
 
 
 class TestCache:
-    async def test_it_is_not_trusted_while_the_feed_is_not_live(self, door: Door, database: Database, tenant: Tenant) -> None:
+    async def test_it_is_not_trusted_while_the_feed_is_not_live(
+        self, door: Door, database: Database, tenant: Tenant
+    ) -> None:
         await door.opens(tenant.key)
         async with database.transaction() as session:
             await revoke_key(session, tenant.key_id, organization_id=tenant.organization_id, now=datetime.now(UTC))
@@ -345,10 +407,17 @@ class TestCache:
             await door.opens(tenant.key)
             assert door.database.transactions == before + 1
 
-    async def test_every_secret_of_a_key_is_forgotten_with_it(self, door: Door, database: Database, stores: TestStores, tenant: Tenant) -> None:
+    async def test_every_secret_of_a_key_is_forgotten_with_it(
+        self, door: Door, database: Database, stores: TestStores, tenant: Tenant
+    ) -> None:
         async with database.transaction() as session:
             issued = await rotate_key(
-                session, tenant.key_id, organization_id=tenant.organization_id, grace=timedelta(hours=1), pepper=stores.pepper, now=datetime.now(UTC)
+                session,
+                tenant.key_id,
+                organization_id=tenant.organization_id,
+                grace=timedelta(hours=1),
+                pepper=stores.pepper,
+                now=datetime.now(UTC),
             )
         keys = (tenant.key, issued.secret)
         for key in keys:
@@ -387,7 +456,9 @@ class TestCache:
 
 class TestPostgresqlDown:
     @pytest.mark.parametrize("how", ["nobody listens", "no such database", "wrong password", "closed at once"])
-    async def test_nobody_new_gets_in_and_the_known_do_while_the_feed_lives(self, stores: TestStores, door: Door, tenant: Tenant, how: str) -> None:
+    async def test_nobody_new_gets_in_and_the_known_do_while_the_feed_lives(
+        self, stores: TestStores, door: Door, tenant: Tenant, how: str
+    ) -> None:
         """Guarantee: whatever way PostgreSQL is not there, it is 503 and no guess."""
         hangs_up = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
         port = hangs_up.sockets[0].getsockname()[1]
@@ -418,7 +489,9 @@ class TestLastUsed:
         async with database.transaction() as session:
             return await session.scalar(select(KeyRow.last_used_at).where(KeyRow.id == key_id))
 
-    async def test_uses_are_written_in_one_go_and_never_moved_back(self, door: Door, database: Database, tenant: Tenant) -> None:
+    async def test_uses_are_written_in_one_go_and_never_moved_back(
+        self, door: Door, database: Database, tenant: Tenant
+    ) -> None:
         before = datetime.now(UTC)
         await door.opens(tenant.key)
         marks = door.authenticator.last_used
@@ -432,7 +505,9 @@ class TestLastUsed:
         assert await usage_marks.flush(database, {}) == 0
 
     async def test_refused_uses_are_not_marked(self, door: Door, database: Database, stores: TestStores) -> None:
-        ended = await new_tenant(database, stores.pepper, NewKey(name="k", expires_at=datetime.now(UTC) - timedelta(days=1)))
+        ended = await new_tenant(
+            database, stores.pepper, NewKey(name="k", expires_at=datetime.now(UTC) - timedelta(days=1))
+        )
         fenced = await new_tenant(database, stores.pepper, NewKey(name="k", ip_networks=("203.0.113.5",)))
         await door.refuses(ended.key)
         with pytest.raises(AddressNotAllowed):

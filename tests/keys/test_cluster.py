@@ -51,7 +51,10 @@ def quota_on(scripts: Scripts) -> Quota:
 
 
 def plan_of(organization_id: OrganizationId) -> QuotaPlan:
-    return QuotaPlan(organization_id, [ScopedLimits("key", "k", LIMITS), ScopedLimits("model", "m", RateLimits(tokens_per_minute=800))])
+    return QuotaPlan(
+        organization_id,
+        [ScopedLimits("key", "k", LIMITS), ScopedLimits("model", "m", RateLimits(tokens_per_minute=800))],
+    )
 
 
 def organizations(count: int) -> list[OrganizationId]:
@@ -100,7 +103,9 @@ async def test_a_settled_slot_is_free_and_a_repeated_settlement_frees_nothing_mo
         await quota.reserve(new_id("req"), plan, 1, 0)
 
 
-async def test_a_change_is_announced_heard_and_acknowledged(cluster: RedisCluster, database: Database, tenant: Tenant) -> None:
+async def test_a_change_is_announced_heard_and_acknowledged(
+    cluster: RedisCluster, database: Database, tenant: Tenant
+) -> None:
     heard: list[tuple[OrganizationId, KeyId | None]] = []
     feeds = [KeyFeed(GatewayId(f"gw_{at}"), database, cluster.url) for at in range(2)]
     for feed in feeds:
@@ -110,7 +115,9 @@ async def test_a_change_is_announced_heard_and_acknowledged(cluster: RedisCluste
         await eventually(lambda: all(feed.is_live() for feed in feeds))
         await eventually(lambda: all(feed.live_gateways == 2 for feed in feeds))
         async with database.transaction() as session:
-            sequence = await revoke_key(session, tenant.key_id, organization_id=tenant.organization_id, now=SystemClock().now())
+            sequence = await revoke_key(
+                session, tenant.key_id, organization_id=tenant.organization_id, now=SystemClock().now()
+            )
         change = KeyChange(sequence=sequence, organization_id=tenant.organization_id, key_id=tenant.key_id)
         propagation = await announce(redis, change)
         assert (propagation.acknowledged, propagation.missing) == (["gw_0", "gw_1"], [])
@@ -136,14 +143,21 @@ async def test_a_killed_node_means_local_limits_until_it_is_back(cluster: RedisC
 
         async def is_noticed() -> bool:
             for organization_id in tenants:
-                await quota.reserve(new_id("req"), QuotaPlan(organization_id, [ScopedLimits("key", "k", RateLimits(requests_per_day=10**6))]), 1, 0)
+                await quota.reserve(
+                    new_id("req"),
+                    QuotaPlan(organization_id, [ScopedLimits("key", "k", RateLimits(requests_per_day=10**6))]),
+                    1,
+                    0,
+                )
             return quota.local_decisions > 0
 
         await eventually(is_noticed, 10)
         await eventually(lambda: not scripts.is_up)
         began = asyncio.get_running_loop().time()
         plan = plan_of(organizations(1)[0])
-        found = await asyncio.gather(*(quota.reserve(new_id("req"), plan, 1, 0) for _ in range(8)), return_exceptions=True)
+        found = await asyncio.gather(
+            *(quota.reserve(new_id("req"), plan, 1, 0) for _ in range(8)), return_exceptions=True
+        )
         assert asyncio.get_running_loop().time() - began < 2
         assert sum(not isinstance(one, BaseException) for one in found) == 4
         await cluster.nodes[1].start()

@@ -55,7 +55,9 @@ class Made:
             self.session, asked, organization_id=organization_id, project_id=project_id, pepper=self.pepper
         )
 
-    async def rotate(self, organization_id: OrganizationId, key_id: KeyId, grace: timedelta, now: datetime = NOW) -> lifecycle.IssuedKey:
+    async def rotate(
+        self, organization_id: OrganizationId, key_id: KeyId, grace: timedelta, now: datetime = NOW
+    ) -> lifecycle.IssuedKey:
         return await rotate_key(
             self.session, key_id, organization_id=organization_id, grace=grace, pepper=self.pepper, now=now
         )
@@ -101,7 +103,11 @@ class TestCreate:
 
     @pytest.mark.parametrize(
         ("wrong", "named"),
-        [({"scopes": ("chat:write", "all")}, "all"), ({"ip_networks": ("300.0.0.1",)}, "300.0.0.1"), ({"ip_networks": ("10.0.0.0/33",)}, "/33")],
+        [
+            ({"scopes": ("chat:write", "all")}, "all"),
+            ({"ip_networks": ("300.0.0.1",)}, "300.0.0.1"),
+            ({"ip_networks": ("10.0.0.0/33",)}, "/33"),
+        ],
     )
     def test_nonsense_is_refused_by_name(self, wrong: dict[str, tuple[str, ...]], named: str) -> None:
         with pytest.raises(ValueError, match=named):
@@ -185,8 +191,16 @@ class TestLimits:
     async def test_setting_replaces_the_whole_scope(self, made: Made) -> None:
         organization_id, _ = await made.tenant()
         session = made.session
-        await set_limits(session, "organization", organization_id, RateLimits(requests_per_minute=5, tokens_per_day=9), organization_id=organization_id)
-        change = await set_limits(session, "organization", organization_id, RateLimits(requests_per_minute=6), organization_id=organization_id)
+        await set_limits(
+            session,
+            "organization",
+            organization_id,
+            RateLimits(requests_per_minute=5, tokens_per_day=9),
+            organization_id=organization_id,
+        )
+        change = await set_limits(
+            session, "organization", organization_id, RateLimits(requests_per_minute=6), organization_id=organization_id
+        )
         found = await lifecycle.get_limits(session, organization_id=organization_id)
         assert found == {("organization", organization_id): RateLimits(requests_per_minute=6)}
         assert (await changes_of(session, organization_id))[-1] == (change, None)
@@ -220,7 +234,9 @@ async def test_changes_become_visible_in_the_order_of_their_numbers(database: Da
 
     async def write(tenant: Tenant, turn: int) -> None:
         async with database.transaction() as session:
-            await set_limits(session, "model", f"m{turn}", RateLimits(requests_per_day=1), organization_id=tenant.organization_id)
+            await set_limits(
+                session, "model", f"m{turn}", RateLimits(requests_per_day=1), organization_id=tenant.organization_id
+            )
 
     async def read() -> None:
         async with database.transaction() as session:
@@ -241,7 +257,12 @@ async def test_no_table_holds_a_secret(database: Database, stores: TestStores, t
     """Guarantee: the plain key, and its secret part, are in no column of any table."""
     async with database.transaction() as session:
         rotated = await rotate_key(
-            session, tenant.key_id, organization_id=tenant.organization_id, grace=timedelta(hours=1), pepper=stores.pepper, now=NOW
+            session,
+            tenant.key_id,
+            organization_id=tenant.organization_id,
+            grace=timedelta(hours=1),
+            pepper=stores.pepper,
+            now=NOW,
         )
         tables = list(await session.scalars(text("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")))
         assert set(Table.metadata.tables) <= set(tables)
@@ -254,6 +275,7 @@ async def test_no_table_holds_a_secret(database: Database, stores: TestStores, t
                     assert found == 0, table
         # The search itself can find something.
         hints = await session.scalar(
-            text("SELECT count(*) FROM api_key_secrets AS row WHERE row::text LIKE :part"), {"part": f"%{tenant.key[-4:]}%"}
+            text("SELECT count(*) FROM api_key_secrets AS row WHERE row::text LIKE :part"),
+            {"part": f"%{tenant.key[-4:]}%"},
         )
         assert hints == 1

@@ -126,7 +126,9 @@ class TestRedisDown:
             scripts = scripts_for(server.url, deadline_seconds=1)
             await scripts.start()
             quota = Quota(scripts, local_quota())
-            reservation = await quota.reserve(new_id("req"), plan_of(concurrent_requests=3, tokens_per_minute=100), 60, 0)
+            reservation = await quota.reserve(
+                new_id("req"), plan_of(concurrent_requests=3, tokens_per_minute=100), 60, 0
+            )
             await server.kill()
             await eventually(lambda: not scripts.is_up)
             quota.settle(reservation, 10)
@@ -271,7 +273,10 @@ class TestCancelled:
         organization_id = OrganizationId(new_id("org"))
         # The limit in the answer is the checksum: every call has its own.
         plans = [
-            QuotaPlan(organization_id, [ScopedLimits("model", f"m{n}", RateLimits(requests_per_day=1_000 + n, concurrent_requests=3))])
+            QuotaPlan(
+                organization_id,
+                [ScopedLimits("model", f"m{n}", RateLimits(requests_per_day=1_000 + n, concurrent_requests=3))],
+            )
             for n in range(1_000)
         ]
 

@@ -51,7 +51,9 @@ steps = st.lists(
         st.tuples(st.just("settle twice"), request, st.integers(0, 600)),
         st.tuples(st.just("renew"), request, st.just(0)),
         st.tuples(st.just("advance"), st.just(0), st.integers(0, 2_000)),
-        st.tuples(st.just("advance"), st.just(0), st.sampled_from([LEASE_MS // 2, LEASE_MS - 1, LEASE_MS, 3 * 86_400_000])),
+        st.tuples(
+            st.just("advance"), st.just(0), st.sampled_from([LEASE_MS // 2, LEASE_MS - 1, LEASE_MS, 3 * 86_400_000])
+        ),
         # As long as the last denial said: a wait that is told must be enough, and not more.
         st.tuples(st.just("wait"), st.just(0), st.sampled_from([-1, 0, 1])),
     ),
@@ -136,7 +138,11 @@ async def timed(scripts: Scripts, redis: Redis) -> AsyncIterator[TimedScripts]:
 
 
 @given(scoped=st.lists(limits, min_size=1, max_size=4), acts=steps)
-@settings(max_examples=1_500 if IS_FULL else 200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=1_500 if IS_FULL else 200,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @example(
     [RateLimits(tokens_per_minute=100)],
     [("reserve", 0, 100), ("settle", 0, 1_000), ("advance", 0, 60_000), ("reserve", 1, 1)],

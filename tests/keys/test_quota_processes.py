@@ -21,7 +21,9 @@ PROCESSES, CALLERS = 4, 200
 SEEDS = range(20) if IS_FULL else range(2)
 
 
-async def race(stores: TestStores, redis: Redis, limits: list[RateLimits], seed: int, *, gives_back: bool) -> tuple[list[Result], float, float]:
+async def race(
+    stores: TestStores, redis: Redis, limits: list[RateLimits], seed: int, *, gives_back: bool
+) -> tuple[list[Result], float, float]:
     """Let the processes loose at once; return what they got, and bounds of the minutes that it took on Redis's clock."""
     job = Job(stores.redis_url, OrganizationId(new_id("org")), limits, CALLERS, 30 if IS_FULL else 6, seed, gives_back)
     processes = [
@@ -71,7 +73,11 @@ async def test_requests_and_tokens_are_never_granted_beyond_capacity_and_refill(
 ) -> None:
     """Guarantee: 4 processes × 200 callers are granted at most capacity + refill × elapsed, exactly; and no less than
     the capacity, when they ask for more than that."""
-    limits = [RateLimits(requests_per_minute=900), RateLimits(tokens_per_minute=12_000), RateLimits(requests_per_day=100_000)]
+    limits = [
+        RateLimits(requests_per_minute=900),
+        RateLimits(tokens_per_minute=12_000),
+        RateLimits(requests_per_day=100_000),
+    ]
     results, minutes_at_least, minutes_at_most = await race(stores, redis, limits, seed, gives_back=False)
     requests = sum(len(result.tokens) for result in results)
     tokens = sum(sum(result.tokens) for result in results)

@@ -1,0 +1,65 @@
+"""The schema: from nothing to the newest, back, and what the code's tables say it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import asyncpg
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, text
+
+from core.database import Database, Table
+from core.migrations import configuration, expected_revision, is_current, upgrade
+from tests.harness.stores import TestStores, with_database
+
+
+@pytest.fixture
+async def empty(stores: TestStores, worker_id: str) -> AsyncIterator[Database]:
+    """A database with nothing in it."""
+    name = f"empty_{worker_id}"
+    connection = await asyncpg.connect(stores.database_url)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    made = Database(with_database(stores.database_url, name), connections_max=4)
+    yield made
+    await made.close()
+    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await connection.close()
+
+
+async def test_an_empty_database_is_not_current_and_an_upgraded_one_is(empty: Database) -> None:
+    assert not await is_current(empty)
+    assert await upgrade(empty) == expected_revision()
+    assert await is_current(empty)
+
+
+async def test_an_upgrade_is_idempotent_and_several_may_run_at_once(empty: Database) -> None:
+    assert set(await asyncio.gather(*[upgrade(empty) for _ in range(4)])) == {expected_revision()}
+
+
+async def test_the_schema_is_what_the_tables_say(empty: Database) -> None:
+    await upgrade(empty)
+
+    def differences(connection: Connection) -> list[object]:
+        return compare_metadata(MigrationContext.configure(connection), Table.metadata)
+
+    assert await empty.run(differences) == []
+
+
+async def test_every_migration_can_be_taken_back(empty: Database) -> None:
+    await upgrade(empty)
+    await empty.run(lambda connection: command.downgrade(configuration(connection), "base"))
+    tables = "SELECT count(*) FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+    assert await empty.run(lambda connection: connection.scalar(text(tables))) == 0
+    await upgrade(empty)
+    assert await is_current(empty)
+
+
+async def test_an_unknown_schema_is_not_current(empty: Database) -> None:
+    """Guarantee: a process of this release does not serve on the schema of a later one."""
+    await upgrade(empty)
+    await empty.run(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    assert not await is_current(empty)

@@ -11,9 +11,11 @@ import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 Tables = dict[str, Any]
+_Stamp = tuple[int, int, int]
+_ABSENT: Final = (0, 0, 0)
 
 
 class ConfigurationInvalid(Exception):
@@ -29,7 +31,8 @@ class ConfigurationFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: _Stamp | None = None
+        self._looked_at: _Stamp | None = None
 
     def read(self) -> Tables:
         """Return the file's tables. Errors: ConfigurationInvalid when it is not TOML."""
@@ -42,14 +45,20 @@ class ConfigurationFile:
             raise ConfigurationInvalid([f"{self.path.name}: {error}"]) from None
 
     def has_changed(self) -> bool:
-        """Tell whether the file is another than the one last read. One `stat`, cheap enough for every second."""
-        return self._stamp() != self._seen
+        """Tell whether the file is another than the one last read, and has come to rest: the same in two looks.
 
-    def _stamp(self) -> tuple[int, int, int]:
+        An editor empties a file before it writes it, and an empty file is valid. One that is gone is not a change.
+        """
+        stamp = self._stamp()
+        is_at_rest = stamp == self._looked_at
+        self._looked_at = stamp
+        return is_at_rest and stamp not in (self._seen, _ABSENT)
+
+    def _stamp(self) -> _Stamp:
         try:
             status = os.stat(self.path)  # noqa: PTH116 - the descriptor's fields are all that is wanted
         except OSError:
-            return (0, 0, 0)
+            return _ABSENT
         return (status.st_mtime_ns, status.st_size, status.st_ino)
 
 

@@ -22,6 +22,7 @@ from gateway.errors import BodyTooLarge, ContentTypeUnsupported, MethodNotAllowe
 from gateway.live import ClientGone, LiveRuns, Run
 from inference.call import Call, Inference
 from inference.endpoints import ENDPOINTS, Endpoint
+from inference.errors import BodyInvalid
 from inference.exchange import Exchange
 from keys.authenticate import Authenticator
 
@@ -156,12 +157,18 @@ def _note(exchange: Exchange, error: AppError) -> None:
 
 
 def _content_type(headers: list[tuple[bytes, bytes]], endpoint: Endpoint) -> bytes:
-    """Return the media type of the body. Errors: ContentTypeUnsupported."""
+    """Return the media type of the body. Errors: ContentTypeUnsupported, BodyInvalid for an odd framing."""
     expected = _MEDIA_TYPES[endpoint.body]
     found = b""
+    is_chunked = False
     for name, value in headers:
         if name == b"content-type":
             found = value
+        elif name == b"transfer-encoding":
+            if is_chunked or value.lower() != b"chunked":
+                # The server would take it; a proxy in front may have read the body's end elsewhere.
+                raise BodyInvalid("Unsupported transfer encoding.")
+            is_chunked = True
         elif name == b"content-encoding" and value.lower() != b"identity":
             raise ContentTypeUnsupported("a body without content encoding")
     if found == expected:

@@ -39,7 +39,8 @@ from keys.local_quota import LocalQuota
 from keys.quota import Quota
 from keys.revocation import KeyFeed
 
-_RELOAD_SECONDS: Final = 1.0
+# Two looks make a change, so that it is taken over within a second.
+_RELOAD_SECONDS: Final = 0.5
 # What piles up for a caller who reads slowly, before reading from the provider stops.
 _BUFFERED_BYTES_MAX: Final = 64 * 1024
 # Each statement of a gateway touches a few rows; a connection that takes longer is broken, and is dropped.

@@ -26,7 +26,7 @@ from gateway.app import create_app
 from gateway.runtime import Runtime, running
 from keys.secrets import redact
 
-# hyper's bound on the head of a request: 100 headers are refused by it with 431, larger heads likewise.
+# hyper's read buffer, which bounds the head of a request (about, since it reads in steps); 100 headers are its own bound.
 _HEADER_BUFFER_BYTES: Final = 64 * 1024
 _INTERRUPTED_SECONDS_MAX: Final = 5.0
 _log = structlog.get_logger(__name__)
@@ -41,10 +41,11 @@ async def serve(settings: Settings, log: LogWriter) -> None:
     async with running(settings, log) as runtime:
         server = _server(create_app(runtime), settings.edge)
         _relax_garbage_collection()
-        server.on_startup(_tell_supervisor)
         serving = asyncio.create_task(server.serve())
         waiting = asyncio.create_task(stop.wait())
+        telling = asyncio.create_task(_tell_supervisor(settings.edge))
         await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        telling.cancel()
         if serving.done():
             serving.result()
         await _drain(runtime, server, serving)
@@ -91,12 +92,22 @@ def _relax_garbage_collection() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _tell_supervisor() -> None:
-    """Say on the inherited descriptor that the port is open."""
+async def _tell_supervisor(settings: EdgeSettings) -> None:
+    """Say on the inherited descriptor that the port is open: Granian's own hook runs a moment before it is."""
     descriptor = os.environ.get("AAP_READY_FD")
-    if descriptor is not None:
+    if descriptor is None:
+        return
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - connected to, not bound
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(host, settings.port)
+        except OSError:
+            await asyncio.sleep(0.002)
+            continue
+        writer.close()
         os.write(int(descriptor), b"1")
         os.close(int(descriptor))
+        return
 
 
 if __name__ == "__main__":

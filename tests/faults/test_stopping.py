@@ -125,9 +125,9 @@ class TestOthers:
         gateway = await Gateway(stores, workdir, config, **limits).start()
         texts = ("short", "long", "queued", "queued")
         calls = []
-        for number, text in enumerate(texts):
+        for running, text in zip((1, 2, 2, 2), texts, strict=True):
             calls.append(asyncio.create_task(call(gateway.port, post(PATH, tenant.key, chat(text=text)))))
-            await eventually(lambda count=min(2, number + 1): len(provider.exchanges) == count)
+            await eventually(lambda count=running: len(provider.exchanges) == count)
         await eventually(lambda: _queued(gateway))
         gateway.terminate()
         await eventually(lambda: "gateway.draining" in gateway.log)

@@ -75,7 +75,7 @@ class TestTooLarge:
         assert (line["status"], line["error_code"]) == (413, "request_too_large")
         assert sent_bytes < 100 * MEGABYTE
         assert resident_bytes_peak(pid) - before < 48 * MEGABYTE
-        assert provider.received == []
+        assert len(provider.received) == 1
         connection.reset()
 
     @pytest.mark.parametrize("path", ["/v1/models", "/nope", "/metrics", "/livez"])

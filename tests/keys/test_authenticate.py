@@ -444,7 +444,7 @@ class TestCache:
         """Guarantee: what a query read before the change does not get into the cache after the announcement."""
         door.database.hold = asyncio.Event()
         loading = asyncio.ensure_future(door.opens(tenant.key))
-        await door.database.held.wait()
+        await asyncio.wait_for(door.database.held.wait(), 10)
         async with database.transaction() as session:
             await revoke_key(session, tenant.key_id, organization_id=tenant.organization_id, now=datetime.now(UTC))
         door.authenticator.forget(tenant.organization_id, None if whole_organization else tenant.key_id)

@@ -74,7 +74,14 @@ class Run:
         self._pinging: asyncio.Task[None] | None = None
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a whole answer."""
+        """Send a whole answer; as an event where a keep-alive has already begun a stream."""
+        self.phase = "running"
+        if self._pinging is not None:
+            await self._pinging
+            if self.is_committed:
+                event = b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n"
+                await self._send({"type": "http.response.body", "body": event})
+                return
         self.exchange.status = status
         self.is_committed = True
         headers.append((b"content-length", b"%d" % len(body)))
@@ -83,6 +90,7 @@ class Run:
 
     async def begin(self, status: int, content_type: bytes, more: Headers) -> None:
         """Send the head of a stream, unless a keep-alive has sent it already."""
+        self.phase = "running"
         if self._pinging is not None:
             await self._pinging
         if not self.is_committed:
@@ -118,6 +126,9 @@ class Run:
             exchange.status = exchange.status or _CLIENT_CLOSED
             if self.phase == "reading":
                 await self._answer_broken_body()
+            return
+        if self.is_committed and not exchange.is_stream:
+            # The head promised so many bytes of another body: only the connection's end can say that they won't come.
             return
         if self.is_committed:
             # Never a `[DONE]` behind an error: it would say that the answer is whole.

@@ -26,7 +26,7 @@ from gateway.app import create_app
 from gateway.runtime import Runtime, running
 from keys.secrets import redact
 
-# hyper's read buffer, which bounds the head of a request (about, since it reads in steps); 100 headers are its own bound.
+# hyper's read buffer, which bounds a request's head (about: it reads in steps); 100 headers are its own bound.
 _HEADER_BUFFER_BYTES: Final = 64 * 1024
 _INTERRUPTED_SECONDS_MAX: Final = 5.0
 _log = structlog.get_logger(__name__)

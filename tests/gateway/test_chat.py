@@ -113,6 +113,28 @@ class TestStream:
         assert b"late" in await connection.chunk()
         connection.close()
 
+    async def test_a_refusal_after_a_comment_comes_as_an_event(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        may_go_on = asyncio.Event()
+
+        async def slow(exchange: Exchange) -> None:
+            await may_go_on.wait()
+            await answer(b'{"error":\n{"message":"too long"}}', 400)(exchange)
+
+        provider.scripts.append(slow)
+        connection = await RawConnection.open(gateway.port)
+        await connection.send(post(PATH, tenant.key, chat(stream=True)))
+        await connection.head()
+        assert await connection.chunk() == b": keep-alive\n\n"
+        may_go_on.set()
+        event = await connection.chunk()
+        while event == b": keep-alive\n\n":
+            event = await connection.chunk()
+        assert event == b'data: {"error":\ndata: {"message":"too long"}}\n\n'
+        assert await connection.chunk() == b""
+        connection.close()
+
     async def test_an_error_as_the_first_event_is_a_plain_error(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
     ) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Sized
 from typing import Any, Protocol, cast
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError
 
-from core.resp import RedisUnavailable, Reply, ScriptCall, ScriptConnection
+from core.resp import UNDELIVERED_MAX, RedisUnavailable, Reply, ScriptCall, ScriptConnection
 
 CLUSTER_PREFIX = ("redis+cluster://", "rediss+cluster://")
 
@@ -33,8 +35,13 @@ class Scripts(Protocol):
         """Send *call*; the future fails with RedisUnavailable after the deadline."""
         ...
 
-    def run_and_forget(self, call: ScriptCall) -> None:
-        """Send *call*; nobody waits for the answer."""
+    def deliver(self, call: ScriptCall) -> None:
+        """Send *call*, and again later if its answer never came. For scripts that may run twice."""
+        ...
+
+    @property
+    def undelivered(self) -> Sized:
+        """What waits to be sent again."""
         ...
 
 
@@ -68,6 +75,7 @@ class ClusterScripts:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_up = False
+        self.undelivered: deque[ScriptCall] = deque(maxlen=UNDELIVERED_MAX)
         self._probe: asyncio.Task[None] | None = None
 
     @property
@@ -93,9 +101,12 @@ class ClusterScripts:
         self._enqueue(call, future)
         return future
 
-    def run_and_forget(self, call: ScriptCall) -> None:
-        """Send *call*; nobody waits for the answer."""
-        self._enqueue(call, None)
+    def deliver(self, call: ScriptCall) -> None:
+        """Send *call*, and again when the cluster is back if its answer never came."""
+        try:
+            self._enqueue(call, None)
+        except RedisUnavailable:
+            self.undelivered.append(call)
 
     def _enqueue(self, call: ScriptCall, future: asyncio.Future[Reply] | None) -> None:
         if not self._is_up:
@@ -119,11 +130,13 @@ class ClusterScripts:
             pipeline.eval(shape.script.source, len(keys), *keys, *call.arguments, *shape.fixed)
         try:
             async with asyncio.timeout(self._deadline_seconds):
-                answers = await pipeline.execute(raise_on_error=False)
+                answers: list[Any] = await pipeline.execute(raise_on_error=False)
         except (RedisError, OSError, TimeoutError):
             self._is_up = False
             answers = [RedisUnavailable("the Redis cluster did not answer in time")] * len(batch)
-        for (_, future), answer in zip(batch, answers, strict=True):
+        for (call, future), answer in zip(batch, answers, strict=True):
+            if future is None and isinstance(answer, Exception):
+                self.undelivered.append(call)
             _resolve(future, answer)
 
     async def _keep_looking(self) -> None:
@@ -140,6 +153,8 @@ class ClusterScripts:
             self._is_up = False
         else:
             self._is_up = True
+            for _ in range(len(self.undelivered)):
+                self.deliver(self.undelivered.popleft())
 
 
 def _resolve(future: asyncio.Future[Reply] | None, answer: object) -> None:

@@ -12,12 +12,16 @@ import hashlib
 import ssl
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import hiredis
 from redis.asyncio.connection import parse_url
 
 Reply = list[int]
+UNDELIVERED_MAX: Final = 100_000
+_REDELIVERY_SECONDS: Final = 1.0
+# Redis is there and cannot run a script just now.
+_PASSING_ERRORS: Final = ("LOADING", "READONLY", "MASTERDOWN", "BUSY", "OOM", "TRYAGAIN", "CLUSTERDOWN")
 
 
 class RedisUnavailable(Exception):
@@ -89,14 +93,14 @@ class _Waiting:
 class _Wire(asyncio.Protocol):
     """The socket: writes once per tick, matches answers to commands in order."""
 
-    def __init__(self, lost: asyncio.Event) -> None:
+    def __init__(self, lost: asyncio.Event, undelivered: deque[ScriptCall]) -> None:
+        self._undelivered = undelivered
         self._loop = asyncio.get_running_loop()
         self._reader = hiredis.Reader()
         self._outgoing: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         self._lost = lost
         self.waiting: deque[_Waiting] = deque()
-        self.late_answers = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -104,8 +108,11 @@ class _Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self._transport = None
         for waiting in self.waiting:
-            if waiting.future is not None and not waiting.future.done():
-                waiting.future.set_exception(RedisUnavailable("the connection to Redis was lost"))
+            if waiting.future is not None:
+                if not waiting.future.done():
+                    waiting.future.set_exception(RedisUnavailable("the connection to Redis was lost"))
+            elif waiting.call is not None:
+                self._undelivered.append(waiting.call)
         self.waiting.clear()
         self._lost.set()
 
@@ -136,7 +143,11 @@ class _Wire(asyncio.Protocol):
             self.send(waiting.call.encode(waiting.call.shape.eval_head), waiting)
             return
         future = waiting.future
-        if future is None or future.done():
+        if future is None:
+            if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith(_PASSING_ERRORS):
+                self._undelivered.append(waiting.call)
+            return
+        if future.done():
             return
         if isinstance(answer, hiredis.ReplyError):
             future.set_exception(RedisUnavailable(f"Redis refused a command: {answer}"))
@@ -163,7 +174,10 @@ class ScriptConnection:
         self._lost = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._redelivery: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
+        # The oldest go first when there are too many: their reservations run out soonest.
+        self.undelivered: deque[ScriptCall] = deque(maxlen=UNDELIVERED_MAX)
 
     @property
     def is_up(self) -> bool:
@@ -182,8 +196,9 @@ class ScriptConnection:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._redelivery):
+            if timer is not None:
+                timer.cancel()
         if self._wire is not None:
             self._wire.close()
             self._wire = None
@@ -194,9 +209,12 @@ class ScriptConnection:
         self._send(call, future)
         return future
 
-    def run_and_forget(self, call: ScriptCall) -> None:
-        """Send *call*; nobody waits for the answer. Errors: RedisUnavailable when it cannot even be sent."""
-        self._send(call, None)
+    def deliver(self, call: ScriptCall) -> None:
+        """Send *call*, and again after the next connect if its answer never came. For scripts that may run twice."""
+        try:
+            self._send(call, None)
+        except RedisUnavailable:
+            self.undelivered.append(call)
 
     def _send(self, call: ScriptCall, future: asyncio.Future[Reply] | None) -> None:
         wire = self._wire
@@ -249,14 +267,29 @@ class ScriptConnection:
             wire.close()
             raise
         self._wire = wire
+        if self._redelivery is None:
+            # Not at once: what the lost connection still carried may run after what this one brings.
+            self._redelivery = self._loop.call_later(_REDELIVERY_SECONDS, self._redeliver)
+
+    def _redeliver(self) -> None:
+        self._redelivery = None
+        for _ in range(len(self.undelivered)):
+            if self._wire is None:
+                return
+            self.deliver(self.undelivered.popleft())
 
     async def _open(self, options: dict[str, Any]) -> _Wire:
         if "path" in options:
-            _, wire = await self._loop.create_unix_connection(lambda: _Wire(self._lost), options["path"])
+            _, wire = await self._loop.create_unix_connection(
+                lambda: _Wire(self._lost, self.undelivered), options["path"]
+            )
             return wire
         context = ssl.create_default_context() if self._url.startswith("rediss") else None
         _, wire = await self._loop.create_connection(
-            lambda: _Wire(self._lost), options.get("host", "localhost"), options.get("port", 6379), ssl=context
+            lambda: _Wire(self._lost, self.undelivered),
+            options.get("host", "localhost"),
+            options.get("port", 6379),
+            ssl=context,
         )
         return wire
 

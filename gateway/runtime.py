@@ -105,7 +105,6 @@ class Runtime:
     def _sample(self) -> tuple[dict[str, float], dict[str, float]]:
         counters = {
             "aap_quota_local_decisions": float(self.quota.local_decisions),
-            "aap_quota_unsent_settlements": float(self.quota.unsent_settlements),
             "aap_admission_refused": float(self.admission.refused),
             "aap_log_dropped_writes": float(self.log.dropped),
             "aap_upstream_requests_on_reused_connections": float(self.client.requests_reused),
@@ -117,6 +116,7 @@ class Runtime:
             "aap_streams_open": float(self.live.streams),
             "aap_event_loop_lag_seconds": self.live.lag_seconds,
             "aap_key_feed_live": float(self.feed.is_live()),
+            "aap_quota_undelivered_settlements": float(len(self.scripts.undelivered)),
             "aap_redis_up": float(self.scripts.is_up),
             "aap_upstream_connections_open": float(self.client.connections_open),
             "aap_upstream_connections_idle": float(self.client.connections_idle),

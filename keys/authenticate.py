@@ -162,7 +162,7 @@ class Authenticator:
             .where(KeySecretRow.fingerprint.in_(digests))
         )
         async with self._database.transaction() as session:
-            found = (await session.execute(statement)).tuples().first()
+            found = (await session.execute(statement)).first()
             if found is None:
                 return None
             secret, key, organization = found

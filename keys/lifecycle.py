@@ -149,7 +149,7 @@ async def list_keys(session: AsyncSession, *, organization_id: OrganizationId) -
         .ext(distinct_on(KeyRow.id))
         .order_by(KeyRow.id, KeySecretRow.id.desc())
     )
-    return [_key(row, hint) for row, hint in rows.tuples()]
+    return [_key(row, hint) for row, hint in rows]
 
 
 async def find_key_owner(session: AsyncSession, key_id: KeyId) -> OrganizationId:

@@ -1,8 +1,8 @@
 """Rate limits: reserve what a call may use, settle what it did use. One script call each, exact across processes.
 
 When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
-together stay near the limit; a settlement that cannot be sent leaves the reservation taken (the safe side) and the
-concurrency lease to expire.
+together stay near the limit; a settlement that cannot be sent is sent when Redis is back (100,000 of them
+at most; until then the reservation stays taken, which is the safe side).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class Quota:
         self._scripts = scripts
         self._local = local
         self.local_decisions = 0
-        self.unsent_settlements = 0
 
     async def reserve(self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int) -> Reservation:
         """Set aside one request, its tokens and a slot, in every scope of *plan*, or nothing at all.
@@ -86,20 +85,14 @@ class Quota:
             self._local.settle(reservation.plan, reservation.tokens, tokens_used)
         if not reservation.plan.scopes:
             return
-        try:
-            # Also after a local decision: Redis may have run a reservation whose answer came too late.
-            self._scripts.run_and_forget(_call(reservation, b"settle", -1 if tokens_used is None else tokens_used))
-        except RedisUnavailable:
-            self.unsent_settlements += 1
+        # Also after a local decision: Redis may have run a reservation whose answer came too late.
+        self._scripts.deliver(_call(reservation, b"settle", -1 if tokens_used is None else tokens_used))
 
     def renew(self, reservations: list[Reservation]) -> None:
-        """Keep the concurrency slots of calls that are still running. Redis down: nothing to renew there."""
+        """Keep the concurrency slots of calls that are still running. Redis down: done when it is back."""
         for reservation in reservations:
             if not reservation.is_settled and not reservation.is_local and reservation.plan.scopes:
-                try:
-                    self._scripts.run_and_forget(_call(reservation, b"renew", 0))
-                except RedisUnavailable:
-                    return
+                self._scripts.deliver(_call(reservation, b"renew", 0))
 
     def _reserve_locally(self, reservation: Reservation) -> Reservation:
         self.local_decisions += 1

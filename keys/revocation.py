@@ -132,6 +132,10 @@ class KeyFeed:
             try:
                 await act()
             except Exception as error:  # noqa: BLE001 - whatever ended one round, the next one must come
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # redis-py closing its connection may replace our own cancellation by an error of its own.
+                    return
                 _log.warning("key_feed.interrupted", act=act.__name__, error=type(error).__name__)
             await asyncio.sleep(pause_seconds)
 

@@ -50,6 +50,14 @@ async def _asked(gateway: Gateway, tenant: Tenant, text: str) -> RawConnection:
     return connection
 
 
+async def _statuses(connections: list[RawConnection]) -> list[int]:
+    """The statuses of the answers, in order; the connections are closed."""
+    answers = await asyncio.gather(*(connection.answer() for connection in connections))
+    for connection in connections:
+        connection.reset()
+    return [got.status for got in answers]
+
+
 class TestAdmission:
     async def test_the_seventh_call_gets_503_and_the_queue_is_served_in_order(
         self, narrow: Gateway, provider: FakeProvider, tenant: Tenant, redis: Redis
@@ -72,8 +80,7 @@ class TestAdmission:
             assert b"queued %d" % number in provider.exchanges[-1].received.body
         for _ in range(4):
             gate.turns.release()
-        answers = await asyncio.gather(*(connection.answer() for connection in running + queued))
-        assert [got.status for got in answers] == [200] * 6
+        assert await _statuses(running + queued) == [200] * 6
         await eventually(lambda: nothing_is_taken(redis, tenant.organization_id))
 
     async def test_whoever_waits_too_long_gets_503_and_leaves_no_place_taken(
@@ -87,7 +94,7 @@ class TestAdmission:
         assert (late.status, late.error()["code"]) == (503, "overloaded")
         for _ in range(4):
             gate.turns.release()
-        assert [(await connection.answer()).status for connection in running] == [200] * 4
+        assert await _statuses(running) == [200] * 4
         await eventually(lambda: _is(narrow, "aap_requests_in_flight", 0))
         provider.default = answer(chat_answer())
         assert (await call(narrow.port, post(PATH, tenant.key, chat()))).status == 200
@@ -116,7 +123,7 @@ class TestAdmission:
         assert "x-ratelimit-remaining-requests" not in refused.headers
         for _ in range(6):
             gate.turns.release()
-        assert [(await connection.answer()).status for connection in connections] == [200] * 6
+        assert await _statuses(connections) == [200] * 6
 
 
 class TestSlowBody:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -42,6 +43,7 @@ async def standing(
         Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway,
     ):
         yield gateway, postgres, own
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

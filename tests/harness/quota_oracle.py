@@ -109,8 +109,8 @@ class TimedScripts:
     def run(self, call: ScriptCall) -> asyncio.Future[Reply]:
         return self._scripts.run(self._with_clock(call))
 
-    def run_and_forget(self, call: ScriptCall) -> None:
-        self._scripts.run_and_forget(self._with_clock(call))
+    def deliver(self, call: ScriptCall) -> None:
+        self._scripts.deliver(self._with_clock(call))
 
     async def start(self) -> None:
         await self._scripts.start()

@@ -14,7 +14,7 @@ from tests.harness.raw import RawAnswer, RawConnection
 from tests.harness.stores import TestStores
 
 PATH = "/v1/chat/completions"
-_SILENCE_SECONDS = 0.3
+_SILENCE_SECONDS = 0.2
 BODY_BYTES_MAX = 10 * 1024 * 1024
 
 

@@ -159,9 +159,8 @@ class TestCanary:
         unknown = mint().text
         said = b""
         async with Gateway(stores, workdir, config_for(provider.base_url), AAP_LOG_LEVEL="debug") as gateway:
-            for key in (canary, unknown):
-                for request in _everywhere(key):
-                    said += await spoken(gateway.port, request)
+            requests = _everywhere(canary) + _everywhere(unknown)
+            said += b"".join(await asyncio.gather(*(spoken(gateway.port, request) for request in requests)))
             said += (await call(gateway.port, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")).body
             await eventually(lambda: len(gateway.calls()) > 10)
             log = gateway.log.encode() + b"".join(path.read_bytes() for path in workdir.rglob("*.json"))

@@ -18,11 +18,10 @@ from gateway.admission import Admission
 from gateway.answers import answer_headers, passed_on
 from gateway.authentication import credential_in
 from gateway.client_address import client_address
-from gateway.errors import BodyTooLarge, ContentTypeUnsupported, MethodNotAllowed
+from gateway.errors import BodyTooLarge, ContentTypeUnsupported, FramingUnsupported, MethodNotAllowed
 from gateway.live import ClientGone, LiveRuns, Run
 from inference.call import Call, Inference
 from inference.endpoints import ENDPOINTS, Endpoint
-from inference.errors import BodyInvalid
 from inference.exchange import Exchange
 from keys.authenticate import Authenticator
 
@@ -157,7 +156,7 @@ def _note(exchange: Exchange, error: AppError) -> None:
 
 
 def _content_type(headers: list[tuple[bytes, bytes]], endpoint: Endpoint) -> bytes:
-    """Return the media type of the body. Errors: ContentTypeUnsupported, BodyInvalid for an odd framing."""
+    """Return the media type of the body. Errors: ContentTypeUnsupported, FramingUnsupported."""
     expected = _MEDIA_TYPES[endpoint.body]
     found = b""
     is_chunked = False
@@ -167,7 +166,7 @@ def _content_type(headers: list[tuple[bytes, bytes]], endpoint: Endpoint) -> byt
         elif name == b"transfer-encoding":
             if is_chunked or value.lower() != b"chunked":
                 # The server would take it; a proxy in front may have read the body's end elsewhere.
-                raise BodyInvalid("Unsupported transfer encoding.")
+                raise FramingUnsupported
             is_chunked = True
         elif name == b"content-encoding" and value.lower() != b"identity":
             raise ContentTypeUnsupported("a body without content encoding")

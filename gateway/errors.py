@@ -4,6 +4,7 @@ AppError
 ├── Invalid
 │   ├── BodyTooLarge           413
 │   ├── ContentTypeUnsupported 415
+│   ├── FramingUnsupported     400, and the connection is closed
 │   ├── MethodNotAllowed       405
 │   └── RequestTimedOut        408
 ├── NotFound
@@ -55,6 +56,15 @@ class ContentTypeUnsupported(Invalid):
 
     def __init__(self, expected: str) -> None:
         super().__init__(f"Unsupported content type: expected {expected}.")
+
+
+class FramingUnsupported(Invalid):
+    """The body's framing is one that a proxy in front may have read otherwise: what follows is not trusted."""
+
+    code = "unsupported_transfer_encoding"
+
+    def __init__(self) -> None:
+        super().__init__("Unsupported transfer encoding.")
 
 
 class MethodNotAllowed(Invalid):
@@ -172,6 +182,8 @@ def headers_of(error: Exception) -> Headers:
     if isinstance(error, PaymentRequired):
         # Official clients retry every 429 unless told otherwise; no retry helps here.
         headers.append((b"x-should-retry", b"false"))
+    if isinstance(error, FramingUnsupported):
+        headers.append((b"connection", b"close"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode()))  # RFC 9110, 15.5.6
     if isinstance(error, Unauthenticated):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -20,6 +21,23 @@ from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant
 
 _STREAMS = 300
+
+
+Serve = Callable[..., Awaitable[Gateway]]
+
+
+@pytest.fixture
+async def serve(stores: TestStores, workdir: Path) -> AsyncIterator[Serve]:
+    """Starts gateways; none outlives its test, also when the test fails."""
+    made: list[Gateway] = []
+
+    async def start(config: str, **environ: str) -> Gateway:
+        made.append(Gateway(stores, workdir, config, **environ))
+        return await made[-1].start()
+
+    yield start
+    for gateway in made:
+        await gateway.stop()
 
 
 class Streams:
@@ -58,14 +76,11 @@ def _events(got: RawAnswer) -> list[bytes]:
 
 class TestStreams:
     async def test_of_300_streams_half_finish_whole_and_half_are_told_that_they_did_not(
-        self, stores: TestStores, provider: FakeProvider, tenant: Tenant, redis: Redis, workdir: Path
+        self, serve: Serve, provider: FakeProvider, tenant: Tenant, redis: Redis
     ) -> None:
         streams = Streams()
         provider.default = streams.play
-        gateway = Gateway(
-            stores, workdir, config_for(provider.base_url).replace("idle_seconds = 3", "idle_seconds = 30")
-        )
-        await gateway.start()
+        gateway = await serve(config_for(provider.base_url).replace("idle_seconds = 3", "idle_seconds = 30"))
         texts = ["short" if number % 2 == 0 else "long" for number in range(_STREAMS)]
         connections = [await _open(gateway, tenant, text) for text in texts]
         await eventually(lambda: streams.begun == _STREAMS, 20)
@@ -93,9 +108,9 @@ class TestStreams:
 
     @pytest.mark.parametrize("signals", [1, 3])
     async def test_an_idle_gateway_stops_at_once_with_open_connections(
-        self, stores: TestStores, provider: FakeProvider, tenant: Tenant, workdir: Path, signals: int
+        self, serve: Serve, provider: FakeProvider, tenant: Tenant, signals: int
     ) -> None:
-        gateway = await Gateway(stores, workdir, config_for(provider.base_url), AAP_DRAIN_SECONDS="20").start()
+        gateway = await serve(config_for(provider.base_url), AAP_DRAIN_SECONDS="20")
         idle = [await RawConnection.open(gateway.port) for _ in range(20)]
         kept = await RawConnection.open(gateway.port)
         await kept.send(post(PATH, tenant.key, chat()))
@@ -111,7 +126,7 @@ class TestStreams:
 
 class TestOthers:
     async def test_whole_answers_and_queued_calls_end_clearly(
-        self, stores: TestStores, provider: FakeProvider, tenant: Tenant, redis: Redis, workdir: Path
+        self, serve: Serve, provider: FakeProvider, tenant: Tenant, redis: Redis
     ) -> None:
         may_answer, never = asyncio.Event(), asyncio.Event()
 
@@ -122,7 +137,7 @@ class TestOthers:
         provider.default = play
         limits = {"AAP_IN_FLIGHT_MAX": "2", "AAP_QUEUED_MAX": "2", "AAP_QUEUE_SECONDS_MAX": "30"}
         config = config_for(provider.base_url).replace("first_byte_seconds = 5", "first_byte_seconds = 60")
-        gateway = await Gateway(stores, workdir, config, **limits).start()
+        gateway = await serve(config, **limits)
         texts = ("short", "long", "queued", "queued")
         calls = []
         for running, text in zip((1, 2, 2, 2), texts, strict=True):
@@ -142,7 +157,7 @@ class TestOthers:
         assert await nothing_is_taken(redis, tenant.organization_id)
 
     async def test_a_caller_who_does_not_read_does_not_keep_the_gateway_from_stopping(
-        self, stores: TestStores, provider: FakeProvider, tenant: Tenant, workdir: Path
+        self, serve: Serve, provider: FakeProvider, tenant: Tenant
     ) -> None:
         async def flood(exchange: Exchange) -> None:
             await exchange.send_head()
@@ -150,7 +165,7 @@ class TestOthers:
                 await exchange.send_events(chunk("x" * 65_536), end=False)
 
         provider.default = flood
-        gateway = await Gateway(stores, workdir, config_for(provider.base_url)).start()
+        gateway = await serve(config_for(provider.base_url))
         connections = []
         for _ in range(5):
             connection = await RawConnection.open(gateway.port)

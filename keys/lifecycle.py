@@ -21,7 +21,7 @@ from keys import secrets
 from keys.errors import KeyRevoked, TenantNotFound
 from keys.limits import DIMENSIONS, LimitScope, RateLimits
 from keys.scopes import ALL_SCOPES
-from keys.tables import KeyChangeRow, KeyRow, KeySecretRow, ProjectRow, RateLimitRow
+from keys.tables import KeyChangeRow, KeyRow, KeySecretRow, OrganizationRow, ProjectRow, RateLimitRow
 
 # Serialises the writers of key_changes (they are rare), so that sequences become visible in order and none is skipped.
 _CHANGES_LOCK = 0x6B657973
@@ -163,7 +163,8 @@ async def find_key_owner(session: AsyncSession, key_id: KeyId) -> OrganizationId
 async def set_limits(
     session: AsyncSession, scope: LimitScope, scope_id: str, limits: RateLimits, *, organization_id: OrganizationId
 ) -> int:
-    """Replace the limits of one scope; return the change's sequence."""
+    """Replace the limits of one scope; return the change's sequence. Errors: TenantNotFound."""
+    await _require_scope_target(session, scope, scope_id, organization_id=organization_id)
     values = {name: getattr(limits, name) for name in DIMENSIONS}
     row = {"organization_id": organization_id, "scope": scope, "scope_id": scope_id, **values}
     statement = insert(RateLimitRow).values(row)
@@ -171,6 +172,26 @@ async def set_limits(
         statement.on_conflict_do_update(index_elements=["organization_id", "scope", "scope_id"], set_=values)
     )
     return await _record_change(session, None, organization_id=organization_id)
+
+
+async def _require_scope_target(
+    session: AsyncSession, scope: LimitScope, scope_id: str, *, organization_id: OrganizationId
+) -> None:
+    """Return if there is something that the limit would hold for: one for nobody would be believed to hold."""
+    if scope == "project":
+        statement = select(ProjectRow.id).where(
+            ProjectRow.organization_id == organization_id, ProjectRow.id == scope_id
+        )
+    elif scope == "key":
+        statement = select(KeyRow.id).where(KeyRow.organization_id == organization_id, KeyRow.id == scope_id)
+    else:
+        # A model may be limited before it is in the catalog.
+        target = scope_id if scope == "organization" else organization_id
+        statement = select(OrganizationRow.id).where(
+            OrganizationRow.id == organization_id, OrganizationRow.id == target
+        )
+    if await session.scalar(statement) is None:
+        raise TenantNotFound(scope)
 
 
 async def get_limits(session: AsyncSession, *, organization_id: OrganizationId) -> dict[tuple[str, str], RateLimits]:

@@ -35,6 +35,8 @@ class _Tables(msgspec.Struct):
     ignored: list[str] = []
     # The secrets that stood in the file, and the variables that stand for them now. Never written anywhere.
     secrets: dict[str, str] = {}
+    # Variables that the file itself names anywhere: none of them is free to stand for another secret.
+    named: set[str] = set()
 
 
 def read_litellm(path: Path) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def read_litellm(path: Path) -> dict[str, Any]:
 
 def convert(config: dict[str, Any]) -> Report:
     """Return our tables for a LiteLLM configuration."""
-    tables = _Tables({}, {}, {}, [], [], {})
+    tables = _Tables({}, {}, {}, [], [], {}, _named_variables(config["model_list"]))
     for at, entry in enumerate(config["model_list"]):
         _take_model(tables, at, entry)
     tables.ignored += [f"{section} (whole)" for section in config if section != "model_list"]
@@ -58,6 +60,11 @@ def convert(config: dict[str, Any]) -> Report:
     if tables.limits:
         whole["limits"] = {"model": tables.limits}
     return Report(tomli_w.dumps(whole), len(tables.models), sorted(set(tables.variables)), tables.ignored)
+
+
+def _named_variables(model_list: list[Any]) -> set[str]:
+    values = (value for entry in model_list for value in _table(_table(entry).get("litellm_params")).values())
+    return {value.removeprefix(_ENVIRONMENT) for value in values if str(value).startswith(_ENVIRONMENT)}
 
 
 def _take_model(tables: _Tables, at: int, entry: Any) -> None:
@@ -121,7 +128,7 @@ def _secret(tables: _Tables, text: str, kind: str) -> str:
         return _reference(tables, text)
     if text not in tables.secrets:
         base = re.sub(r"[^A-Z0-9]", "_", f"{kind}_API_KEY".upper())
-        taken = set(tables.secrets.values()) | set(tables.variables)
+        taken = tables.named | set(tables.secrets.values())
         numbered = (base if number == 1 else f"{base}_{number}" for number in range(1, len(taken) + 2))
         tables.secrets[text] = next(variable for variable in numbered if variable not in taken)
     tables.variables.append(tables.secrets[text])

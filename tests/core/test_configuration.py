@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ def write(path: Path, text: str) -> None:
     """Replace the file, as editors do: its stamp differs also within one tick of the file system's clock."""
     fresh = path.with_suffix(".new")
     fresh.write_text(text)
-    os.replace(fresh, path)
+    fresh.replace(path)
 
 
 def times_taken_over(catalog_file: CatalogFile, looks: int = 4) -> int:
@@ -95,7 +94,7 @@ class TestReload:
 
     def test_a_first_file_that_is_faulty_is_an_error(self, tmp_path: Path) -> None:
         write(tmp_path / "aap.toml", "[")
-        with pytest.raises(ConfigurationInvalid, match="aap.toml"):
+        with pytest.raises(ConfigurationInvalid, match=r"aap\.toml"):
             CatalogFile(tmp_path / "aap.toml", {})
 
     def test_a_file_that_is_not_text_or_a_directory_is_a_problem_not_a_crash(self, tmp_path: Path) -> None:
@@ -113,7 +112,11 @@ class TestProblems:
             parse(
                 {
                     "provider": {},
-                    "providers": {"a": {"kind": "openai", "base_ulr": "x"}, "b": {"kind": "opnai"}, "c": {"kind": "openai"}},
+                    "providers": {
+                        "a": {"kind": "openai", "base_ulr": "x"},
+                        "b": {"kind": "opnai"},
+                        "c": {"kind": "openai"},
+                    },
                     "models": {"m": {"deploymnets": []}},
                     "limits": {"key": {"requests_per_minute": 0, "tokens_per_day": LIMIT_MAX + 1}},
                 },
@@ -149,7 +152,10 @@ class TestSecrets:
         for plain in ("sk-1", "https://x", "", "env", "enviro:NAME"):
             assert resolve_secret(plain, environ) == plain
 
-    @pytest.mark.parametrize(("reference", "named"), [("env:MISSING", "MISSING"), ("env:EMPTY", "EMPTY"), ("file:/no/such", "/no/such"), ("file:/", "/")])
+    @pytest.mark.parametrize(
+        ("reference", "named"),
+        [("env:MISSING", "MISSING"), ("env:EMPTY", "EMPTY"), ("file:/no/such", "/no/such"), ("file:/", "/")],
+    )
     def test_a_reference_to_nothing_is_named(self, reference: str, named: str) -> None:
         with pytest.raises(ValueError, match=named):
             resolve_secret(reference, {"EMPTY": ""})

@@ -126,5 +126,9 @@ def test_every_variable_stands_in_the_example_file() -> None:
     if example.exists():
         named = set(re.findall(r"^#?\s*([A-Z][A-Z0-9_]+)=", example.read_text(), re.MULTILINE))
         assert read - named == set()
-        everywhere = "".join(path.read_text() for package in ("core", "keys", "inference", "gateway") for path in (ROOT / package).rglob("*.py"))
+        everywhere = "".join(
+            path.read_text()
+            for package in ("core", "keys", "inference", "gateway")
+            for path in (ROOT / package).rglob("*.py")
+        )
         assert {name for name in named if name not in everywhere} == set()

@@ -70,7 +70,8 @@ async def run(job: Job) -> Result:
             if job.gives_back:
                 quota.settle(reservation, None)
 
-    print("ready", flush=True)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
     await asyncio.gather(*(caller() for _ in range(job.callers)))
     result.local = quota.local_decisions

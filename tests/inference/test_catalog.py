@@ -50,7 +50,10 @@ class TestDefaults:
     def test_what_the_file_says_comes_first(self) -> None:
         own = {"kind": "openai", "base_url": "http://127.0.0.1:2/v1"}
         catalog = build({"providers": {"openai": own}}, {"OPENAI_API_KEY": SECRET})
-        assert (catalog.providers["openai"].settings.base_url, catalog.providers["openai"].api_key) == (own["base_url"], None)
+        assert (catalog.providers["openai"].settings.base_url, catalog.providers["openai"].api_key) == (
+            own["base_url"],
+            None,
+        )
         listed = build(tables({"provider": "p", "model": "x"}), {"OPENAI_API_KEY": SECRET, "KEY": "k"})
         assert list(listed.models) == ["m"]
 
@@ -81,8 +84,12 @@ class TestModels:
         provider = catalog.providers["p"]
         assert provider.api_key == SECRET
         deployment = catalog.models["m"].deployments[0]
-        inline = build({"providers": {"q": {**PROVIDER, "api_key": SECRET, "headers": {"x": SECRET}}}}, {}).providers["q"]
-        assert SECRET not in repr((provider, provider.settings, deployment, catalog.models["m"], inline, inline.settings))
+        inline = build({"providers": {"q": {**PROVIDER, "api_key": SECRET, "headers": {"x": SECRET}}}}, {}).providers[
+            "q"
+        ]
+        assert SECRET not in repr(
+            (provider, provider.settings, deployment, catalog.models["m"], inline, inline.settings)
+        )
 
 
 @pytest.mark.parametrize(

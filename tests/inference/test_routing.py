@@ -133,7 +133,9 @@ class TestBreaker:
 
 class TestRetryAfter:
     @pytest.mark.parametrize(("asked", "rests"), [(3.0, 3.0), (0.0, 0.0), (3_600.0, 60.0)])
-    def test_it_is_obeyed_at_once_and_up_to_a_minute(self, router: Router, passing: Passing, asked: float, rests: float) -> None:
+    def test_it_is_obeyed_at_once_and_up_to_a_minute(
+        self, router: Router, passing: Passing, asked: float, rests: float
+    ) -> None:
         model = model_of(1)
         [deployment] = model.deployments
         router.failed(deployment, rest_seconds=asked)

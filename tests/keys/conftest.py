@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -28,9 +27,3 @@ async def scripts(stores: TestStores) -> AsyncIterator[Scripts]:
 @pytest.fixture(scope="session")
 def quota(scripts: Scripts) -> Quota:
     return Quota(scripts, LocalQuota(SystemClock(), lambda: 1))
-
-
-@pytest.fixture
-def in_workdir(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(workdir)
-    yield workdir

@@ -163,10 +163,12 @@ class TestLimits:
             stores.pepper,
             limits={"organization": RateLimits(requests_per_day=1), "model": RateLimits(tokens_per_day=1)},
         )
+        own = tenant.organization_id
         async with database.transaction() as session:
-            await set_limits(
-                session, "key", "key_other", RateLimits(requests_per_day=1), organization_id=tenant.organization_id
+            other = await create_key(
+                session, NewKey(name="o"), organization_id=own, project_id=tenant.project_id, pepper=stores.pepper
             )
+            await set_limits(session, "key", other.id, RateLimits(requests_per_day=1), organization_id=own)
         limits = (await door.opens(tenant.key)).limits
         assert limits.key == RateLimits(requests_per_minute=10, tokens_per_minute=2)
         assert limits.project == RateLimits(tokens_per_day=20)
@@ -338,7 +340,9 @@ class TestAddress:
 
 class TestGuessing:
     @staticmethod
-    async def guess_until_stopped(door: Door, addresses: Callable[[int], str], key: str | None = None) -> TooManyFailures:
+    async def guess_until_stopped(
+        door: Door, addresses: Callable[[int], str], key: str | None = None
+    ) -> TooManyFailures:
         """Fail until it is too much: after 60 failures, and those that time gives back meanwhile."""
         began = time.monotonic()
         for count in range(200):

@@ -89,10 +89,10 @@ class Subject:
             assert not got.is_local
             answer = Answer(None, got.requests, got.tokens_window)
         except RateLimitReached as error:
-            assert error.retry_after_seconds is not None
-            blocking = (error.scope, error.dimension, error.limit, error.retry_after_seconds)
+            wait_seconds = error.retry_after_seconds or 0
+            blocking = (error.scope, error.dimension, error.limit, wait_seconds)
             answer = Answer(blocking, error.requests, error.tokens)
-            self.wait_ms = round(error.retry_after_seconds * 1_000)
+            self.wait_ms = round(wait_seconds * 1_000)
             assert await self.dump() == before
         assert answer == expected
         return answer

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from typing import Any, Protocol, cast
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisError
 
-from core.resp import UNDELIVERED_MAX, RedisUnavailable, Reply, ScriptCall, ScriptConnection
+from core.resp import UNDELIVERED_MAX, RedisUnavailable, Reply, Script, ScriptCall, ScriptConnection
 
 CLUSTER_PREFIX = ("redis+cluster://", "rediss+cluster://")
 
@@ -53,11 +53,11 @@ def connect(url: str) -> Redis:
     return cast("Any", Redis).from_url(url, socket_timeout=2, socket_connect_timeout=1)
 
 
-def scripts_for(url: str, *, deadline_seconds: float = 0.05) -> Scripts:
-    """Return the runner of scripts that fits *url*."""
+def scripts_for(url: str, scripts: Sequence[Script], *, deadline_seconds: float = 0.05) -> Scripts:
+    """Return a runner of *scripts* that fits *url*."""
     if url.startswith(CLUSTER_PREFIX):
         return ClusterScripts(url, deadline_seconds=deadline_seconds)
-    return ScriptConnection(url, deadline_seconds=deadline_seconds)
+    return ScriptConnection(url, scripts, deadline_seconds=deadline_seconds)
 
 
 class ClusterScripts:

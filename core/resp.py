@@ -20,6 +20,8 @@ from redis.asyncio.connection import parse_url
 Reply = list[int]
 UNDELIVERED_MAX: Final = 100_000
 _REDELIVERY_SECONDS: Final = 1.0
+# How much longer than its deadline a call waits while Redis answers others.
+_PATIENCE_SECONDS: Final = 0.45
 # Redis is there and cannot run a script just now.
 _PASSING_ERRORS: Final = ("LOADING", "READONLY", "MASTERDOWN", "BUSY", "OOM", "TRYAGAIN", "CLUSTERDOWN")
 
@@ -101,6 +103,7 @@ class _Wire(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._lost = lost
         self.waiting: deque[_Waiting] = deque()
+        self.answered_at = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -130,6 +133,7 @@ class _Wire(asyncio.Protocol):
         self._outgoing.clear()
 
     def data_received(self, data: bytes) -> None:
+        self.answered_at = self._loop.time()
         self._reader.feed(data)
         while True:
             answer = self._reader.gets()
@@ -166,8 +170,11 @@ class ScriptConnection:
     background has connected again and had an answer in time.
     """
 
-    def __init__(self, url: str, *, deadline_seconds: float = 0.05, probe_seconds: float = 0.2) -> None:
+    def __init__(
+        self, url: str, scripts: Sequence[Script], *, deadline_seconds: float = 0.05, probe_seconds: float = 0.2
+    ) -> None:
         self._url = url
+        self._scripts = scripts
         self._deadline_seconds = deadline_seconds
         self._probe_seconds = probe_seconds
         self._wire: _Wire | None = None
@@ -228,21 +235,24 @@ class ScriptConnection:
         self._sweep = self._loop.call_later(0.001, self._expire)
 
     def _expire(self) -> None:
-        """Fail the calls whose deadline has passed; give the connection up when Redis has gone silent.
+        """Fail the calls whose deadline has passed while Redis is silent; give the connection up when it stays so.
 
-        An expired command keeps its place in the queue, so that a late answer is matched to it and to nobody else.
+        A burst of thousands of calls takes Redis longer than one call may take: as long as answers keep coming, it is
+        not down, and the calls wait, half a second at most. An expired command keeps its place in the queue, so that a
+        late answer is matched to it and to nobody else.
         """
         self._sweep = self._loop.call_later(self._deadline_seconds / 2, self._judge)
         wire = self._wire
         if wire is None or not wire.waiting:
             return
         now = self._loop.time()
+        is_silent = now - wire.answered_at > self._deadline_seconds
         for waiting in wire.waiting:
-            if waiting.deadline > now:
+            if waiting.deadline > now or (not is_silent and now < waiting.deadline + _PATIENCE_SECONDS):
                 break
             if waiting.future is not None and not waiting.future.done():
                 waiting.future.set_exception(RedisUnavailable("Redis did not answer in time"))
-        if now - wire.waiting[0].deadline > self._deadline_seconds:
+        if is_silent and now - wire.waiting[0].deadline > self._deadline_seconds:
             self._wire = None
             wire.close()
 
@@ -261,7 +271,9 @@ class ScriptConnection:
         async with asyncio.timeout(max(1.0, self._deadline_seconds * 4)):
             wire = await self._open(options)
         try:
-            for command in _greeting(options):
+            # Loaded before the first call: a call that has to be sent again as source could be overtaken by its settlement.
+            loads = [(b"SCRIPT", b"LOAD", script.source) for script in self._scripts]
+            for command in (*_greeting(options), *loads):
                 await self._ask(wire, command)
         except (RedisUnavailable, TimeoutError):
             wire.close()

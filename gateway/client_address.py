@@ -29,7 +29,14 @@ def client_address(scope: Any, trusted: tuple[Network, ...]) -> str:
 
 
 def plain_address(address: str) -> str:
-    """Return an IPv4 address that is written as IPv6 (`::ffff:192.0.2.1`, what a socket on `::` reports) as itself."""
+    """Return an address without the port that some proxies add, and IPv4 written as IPv6 as itself.
+
+    `::ffff:192.0.2.1` is what a socket on `::` reports of an IPv4 caller.
+    """
+    if address.startswith("["):
+        address = address[1:].partition("]")[0]
+    elif address.count(":") == 1:
+        address = address.partition(":")[0]
     if not address.lower().startswith("::ffff:"):
         return address
     try:

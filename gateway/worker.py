@@ -10,11 +10,14 @@ from typing import Final
 
 import structlog
 import uvloop
+from redis.exceptions import RedisError
 from sqlalchemy import text
 
 from core.database import DOWN, Database
+from core.redis import connect
 from core.settings import Settings, load
 from core.telemetry import configure_logs
+from keys.quota_pruning import prune_buckets
 from keys.secrets import redact
 
 _PRUNE_SECONDS: Final = 3_600.0
@@ -24,24 +27,28 @@ _log = structlog.get_logger(__name__)
 
 
 async def work(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT. PostgreSQL down: tried again with the next round."""
+    """Work until SIGTERM or SIGINT. A store down: tried again with the next round."""
     assert settings.database_url is not None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    assert settings.redis_url is not None
     database = Database(settings.database_url, connections_max=2)
+    redis = connect(settings.redis_url)
     _log.info("worker.started")
     while not stop.is_set():
         try:
             await prune_key_changes(database)
-        except DOWN as error:
+            await prune_buckets(redis)
+        except (*DOWN, RedisError) as error:
             _log.warning("worker.round_failed", error=type(error).__name__)
         try:
             async with asyncio.timeout(_PRUNE_SECONDS):
                 await stop.wait()
         except TimeoutError:
             continue
+    await redis.aclose()
     await database.close()
     _log.info("worker.stopped")
 

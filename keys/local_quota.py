@@ -79,6 +79,7 @@ class LocalQuota:
             if len(self._buckets) > _BUCKETS_MAX:
                 self._buckets.popitem(last=False)
             return bucket
+        self._buckets.move_to_end(key)
         elapsed_seconds = now_seconds - bucket.at_seconds
         bucket.at_seconds = now_seconds
         for at in range(4):

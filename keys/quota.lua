@@ -12,7 +12,7 @@
 -- limit of one a minute), a day's in 1/86,400 (one a second). Its field holds six doubles, which carry whole numbers up
 -- to 2^53 exactly: time of the last refill in ms and in s; levels of the four buckets (-2^53: never used). A level may
 -- be negative (debt): a call may use more than it reserved.
--- Few calls and no closures: this runs for every request, and Redis has one thread.
+-- Few calls and little garbage: this runs for every request, and Redis has one thread.
 
 local MINUTE, DAY, NEVER = 60000, 86400, -9007199254740992
 local RECORD_TTL_MS, BUCKETS_TTL_MS, LEASES_TTL_MS = 7200000, 172800000, 86400000
@@ -63,77 +63,88 @@ if act == 'renew' then
 end
 
 -- Pass 1: refill and check everything; write nothing.
-local blocked, wait_ms, blocked_limit = 0, 0, 0
--- The tightest limit of requests and of tokens, for the caller's headers: limit, remaining, ms until full.
-local request_limit, request_left, request_reset = -1, -1, 0
-local token_limit, token_left, token_reset = -1, -1, 0
-local set, leases = {}, 3
 local had = scopes > 0 and call('HMGET', KEYS[2], unpack(ARGV, 6)) or {}
+local blocked, wait_ms, blocked_limit, set = 0, 0, 0, {}
 
+-- Return the tightest limit of requests and of tokens for the caller's headers (limit, remaining, ms until full), after
+-- taking *requests* and *tokens* from every bucket; note what blocks, and what would be written.
+local function look(requests, tokens)
+  local request_limit, request_left, request_reset = -1, -1, 0
+  local token_limit, token_left, token_reset = -1, -1, 0
+  for s = 1, scopes do
+    local rpm, rpd, tpm, tpd = unpack_('<dddd', packed, s * 40 - 39)
+    local first = (s - 1) * 5
+    local m, d, rm, rd, tm, td = now_ms, now_s, NEVER, NEVER, NEVER, NEVER
+    if had[s] then m, d, rm, rd, tm, td = unpack_(BUCKET, had[s]) end
+    -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
+    local elapsed_ms, elapsed_s = max(now_ms - m, 0), max(now_s - d, 0)
+    m, d = max(now_ms, m), max(now_s, d)
+    if rpm >= 0 then
+      rm = refilled(rm, rpm, rpm * MINUTE, elapsed_ms) - requests * MINUTE
+      if rm < 0 and ceil(-rm / rpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 1, ceil(-rm / rpm), rpm end
+      local left = max(0, floor(rm / MINUTE))
+      if request_limit < 0 or left < request_left then
+        request_limit, request_left, request_reset = rpm, left, ceil((rpm * MINUTE - rm) / rpm)
+      end
+    end
+    if rpd >= 0 then
+      rd = refilled(rd, rpd, rpd * DAY, elapsed_s) - requests * DAY
+      if rd < 0 and ceil(-rd / rpd) * 1000 > wait_ms then
+        blocked, wait_ms, blocked_limit = first + 2, ceil(-rd / rpd) * 1000, rpd
+      end
+      local left = max(0, floor(rd / DAY))
+      if request_limit < 0 or left < request_left then
+        request_limit, request_left, request_reset = rpd, left, ceil((rpd * DAY - rd) / rpd) * 1000
+      end
+    end
+    if tpm >= 0 then
+      tm = refilled(tm, tpm, tpm * MINUTE, elapsed_ms) - tokens * MINUTE
+      if tm < 0 and ceil(-tm / tpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 3, ceil(-tm / tpm), tpm end
+      local left = max(0, floor(tm / MINUTE))
+      if token_limit < 0 or left < token_left then
+        token_limit, token_left, token_reset = tpm, left, ceil((tpm * MINUTE - tm) / tpm)
+      end
+    end
+    if tpd >= 0 then
+      td = refilled(td, tpd, tpd * DAY, elapsed_s) - tokens * DAY
+      if td < 0 and ceil(-td / tpd) * 1000 > wait_ms then
+        blocked, wait_ms, blocked_limit = first + 4, ceil(-td / tpd) * 1000, tpd
+      end
+      local left = max(0, floor(td / DAY))
+      if token_limit < 0 or left < token_left then
+        token_limit, token_left, token_reset = tpd, left, ceil((tpd * DAY - td) / tpd) * 1000
+      end
+    end
+    set[s * 2 - 1] = ARGV[5 + s]
+    set[s * 2] = pack(BUCKET, m, d, rm, rd, tm, td)
+  end
+  return request_limit, request_left, request_reset, token_limit, token_left, token_reset
+end
+
+local rl, rr, rx, tl, tr, tx = look(1, amount)
+local leases = 3
 for s = 1, scopes do
-  local rpm, rpd, tpm, tpd, concurrent = unpack_('<ddddd', packed, s * 40 - 39)
-  local first = (s - 1) * 5
-  local m, d, rm, rd, tm, td = now_ms, now_s, NEVER, NEVER, NEVER, NEVER
-  if had[s] then
-    m, d, rm, rd, tm, td = unpack_(BUCKET, had[s])
-  end
-  -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
-  local elapsed_ms, elapsed_s = max(now_ms - m, 0), max(now_s - d, 0)
-  m, d = max(now_ms, m), max(now_s, d)
-  if rpm >= 0 then
-    rm = refilled(rm, rpm, rpm * MINUTE, elapsed_ms) - MINUTE
-    if rm < 0 and ceil(-rm / rpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 1, ceil(-rm / rpm), rpm end
-    local left = max(0, floor(rm / MINUTE))
-    if request_limit < 0 or left < request_left then
-      request_limit, request_left, request_reset = rpm, left, ceil((rpm * MINUTE - rm) / rpm)
-    end
-  end
-  if rpd >= 0 then
-    rd = refilled(rd, rpd, rpd * DAY, elapsed_s) - DAY
-    if rd < 0 and ceil(-rd / rpd) * 1000 > wait_ms then
-      blocked, wait_ms, blocked_limit = first + 2, ceil(-rd / rpd) * 1000, rpd
-    end
-    local left = max(0, floor(rd / DAY))
-    if request_limit < 0 or left < request_left then
-      request_limit, request_left, request_reset = rpd, left, ceil((rpd * DAY - rd) / rpd) * 1000
-    end
-  end
-  if tpm >= 0 then
-    tm = refilled(tm, tpm, tpm * MINUTE, elapsed_ms) - amount * MINUTE
-    if tm < 0 and ceil(-tm / tpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 3, ceil(-tm / tpm), tpm end
-    local left = max(0, floor(tm / MINUTE))
-    if token_limit < 0 or left < token_left then
-      token_limit, token_left, token_reset = tpm, left, ceil((tpm * MINUTE - tm) / tpm)
-    end
-  end
-  if tpd >= 0 then
-    td = refilled(td, tpd, tpd * DAY, elapsed_s) - amount * DAY
-    if td < 0 and ceil(-td / tpd) * 1000 > wait_ms then
-      blocked, wait_ms, blocked_limit = first + 4, ceil(-td / tpd) * 1000, tpd
-    end
-    local left = max(0, floor(td / DAY))
-    if token_limit < 0 or left < token_left then
-      token_limit, token_left, token_reset = tpd, left, ceil((tpd * DAY - td) / tpd) * 1000
-    end
-  end
+  local concurrent = unpack_('<d', packed, s * 40 - 7)
   if concurrent >= 0 then
-    local running = call('ZCARD', KEYS[leases])
-    if running >= concurrent then
+    if call('ZCARD', KEYS[leases]) >= concurrent then
       -- Leases of crashed gateways have run out by themselves; they are swept when room is short.
       call('ZREMRANGEBYSCORE', KEYS[leases], '-inf', now_ms)
-      running = call('ZCARD', KEYS[leases])
-      if running >= concurrent and wait_ms < 1000 then
-        blocked, wait_ms, blocked_limit = first + 5, 1000, concurrent
+      if call('ZCARD', KEYS[leases]) >= concurrent and wait_ms < 1000 then
+        blocked, wait_ms, blocked_limit = s * 5, 1000, concurrent
       end
     end
     leases = leases + 1
   end
-  set[s * 2 - 1] = ARGV[5 + s]
-  set[s * 2] = pack(BUCKET, m, d, rm, rd, tm, td)
+end
+if blocked ~= 0 then
+  -- A refused call takes nothing: the headers say what there is without it.
+  local was, waits, limit = blocked, wait_ms, blocked_limit
+  rl, rr, rx, tl, tr, tx = look(0, 0)
+  blocked, wait_ms, blocked_limit = was, waits, limit
 end
 
 local reply = {blocked == 0 and 1 or 0, blocked, wait_ms, blocked_limit,
-  request_limit, request_left, request_reset, token_limit, token_left, token_reset}
+  rl, rr, rx, tl, tr, tx}
 
 -- The same request id gets the same answer: a command may arrive twice.
 local record = blocked == 0 and call('SET', KEYS[1], pack(REPLY, amount, unpack(reply)), 'NX', 'PX', RECORD_TTL_MS)

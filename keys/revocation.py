@@ -147,13 +147,17 @@ class KeyFeed:
             await cast("Any", redis).initialize()
             async with cast("Any", redis).pubsub() as pubsub:
                 await pubsub.subscribe(_CHANNEL)
+                # Only what is published after Redis has confirmed is heard; what was before is read up on.
+                async with asyncio.timeout(_LIVE_SECONDS):
+                    while not _is_confirmation(await pubsub.get_message(timeout=_PING_SECONDS)):
+                        pass
                 await self._poll()
                 await self._follow(pubsub)
         finally:
             await redis.aclose()
 
     async def _follow(self, pubsub: Any) -> None:
-        pinged_at = answered_at = time.monotonic()
+        pinged_at, answered_at = time.monotonic(), 0.0
         await pubsub.ping()
         while True:
             message = await pubsub.get_message(timeout=_PING_SECONDS)
@@ -201,6 +205,10 @@ class KeyFeed:
 
 async def _gateways(redis: Redis, joining: str) -> list[bytes]:
     return await cast("Any", redis.eval(_REGISTER, 1, _GATEWAYS, joining))
+
+
+def _is_confirmation(message: dict[str, Any] | None) -> bool:
+    return message is not None and message["type"] == "subscribe"
 
 
 def _acknowledgements(sequence: int) -> str:

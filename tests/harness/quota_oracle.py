@@ -35,26 +35,29 @@ class Oracle:
     def reserve(self, request_id: str, tokens: int) -> Answer:
         if request_id in self.records:
             return self.records[request_id][1]
-        found, shown, after = [], {"requests": None, "tokens": None}, {}
+        found, shown, refused, after = [], {"requests": None, "tokens": None}, {"requests": None, "tokens": None}, {}
         for s, scoped in enumerate(self.scopes):
             for d, limit in enumerate(scoped.limits.as_tuple()[:4]):
                 if limit is None:
                     continue
                 kind = "requests" if d < 2 else "tokens"
                 unit, step_ms = (60_000, 1) if d % 2 == 0 else (86_400, 1_000)
-                left = self._level(s, d, limit) - (1 if d < 2 else tokens) * unit
+                before = self._level(s, d, limit)
+                left = before - (1 if d < 2 else tokens) * unit
                 after[s, d] = (left, self.now_ms // step_ms)
                 if left < 0:
                     found.append((-(left // limit) * step_ms, (scoped.scope, DIMENSIONS[d], limit)))
-                window = Window(limit, max(0, left // unit), -((left - limit * unit) // limit) * step_ms)
-                if shown[kind] is None or window.remaining < shown[kind].remaining:
-                    shown[kind] = window
+                # A refused call takes nothing: it is shown what there is without it.
+                for windows, level in ((shown, left), (refused, before)):
+                    window = Window(limit, max(0, level // unit), -((level - limit * unit) // limit) * step_ms)
+                    if windows[kind] is None or window.remaining < windows[kind].remaining:
+                        windows[kind] = window
             running = sum(expires > self.now_ms for expires in self.leases[s].values())
             if scoped.limits.concurrent_requests is not None and running >= scoped.limits.concurrent_requests:
                 found.append((1_000, (scoped.scope, DIMENSIONS[4], scoped.limits.concurrent_requests)))
         if found:
             wait_ms, what = max(found, key=lambda one: one[0])
-            return Answer((*what, wait_ms / 1_000), shown["requests"], shown["tokens"])
+            return Answer((*what, wait_ms / 1_000), refused["requests"], refused["tokens"])
         self.levels |= after
         for s in range(len(self.scopes)):
             self.leases[s][request_id] = self.now_ms + self.lease_ms

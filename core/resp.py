@@ -271,7 +271,7 @@ class ScriptConnection:
         async with asyncio.timeout(max(1.0, self._deadline_seconds * 4)):
             wire = await self._open(options)
         try:
-            # Loaded before the first call: a call that has to be sent again as source could be overtaken by its settlement.
+            # Loaded before the first call: one that is sent again, as source, could be overtaken by its own settlement.
             loads = [(b"SCRIPT", b"LOAD", script.source) for script in self._scripts]
             for command in (*_greeting(options), *loads):
                 await self._ask(wire, command)

@@ -79,4 +79,8 @@ class Database:
 def asyncpg_url(url: str) -> str:
     """Return *url* with asyncpg as its driver, whatever spelling of `postgres://` it came in."""
     parsed = make_url(url.replace("postgres://", "postgresql://", 1) if url.startswith("postgres://") else url)
+    # What libpq calls sslmode, and managed services write into their addresses, asyncpg calls ssl.
+    if "sslmode" in parsed.query:
+        parsed = parsed.update_query_dict({"ssl": str(parsed.query["sslmode"])}).difference_update_query(["sslmode"])
+    parsed = parsed.difference_update_query(["channel_binding"])
     return parsed.set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)

@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import os
 import secrets
-import signal
 import socket
 import stat
 import subprocess
@@ -28,6 +27,9 @@ import structlog
 from core.settings import Pepper, Settings
 
 _START_SECONDS_MAX = 60.0
+_POSTGRES_SOCKET = ".s.PGSQL.5432"
+# sun_path of Linux's sockaddr_un, with its ending zero.
+_SOCKET_PATH_BYTES_MAX = 107
 _log = structlog.get_logger(__name__)
 
 
@@ -138,6 +140,9 @@ class _PostgresServer:
 
     def start(self) -> str:
         """Start it, or find it running; return its URL."""
+        if len(os.fsencode(self._directory.resolve() / _POSTGRES_SOCKET)) > _SOCKET_PATH_BYTES_MAX:
+            # The library would move the socket to a folder of /tmp that everybody on this machine may enter.
+            raise EmbeddedUnavailable(f"the path {self._directory} is too long for a unix socket: set AAP_DATA_DIR")
         with warnings.catch_warnings():
             # platformdirs warns on a machine without XDG_RUNTIME_DIR, which is every fresh server.
             warnings.simplefilter("ignore")
@@ -236,6 +241,17 @@ class _RedisServer:
             return self._process.poll() is None
         return self._answers()
 
+    def _shut_down(self) -> bool:
+        """Ask a server that an earlier run left to stop. Not by its pid file: the pid may be another's by now."""
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(2)
+                connection.connect(str(self._socket))
+                connection.sendall(b"SHUTDOWN\r\n")
+        except OSError:
+            return False
+        return True
+
     def _answers(self) -> bool:
         try:
             with socket.socket(socket.AF_UNIX) as connection:
@@ -248,10 +264,9 @@ class _RedisServer:
 
     def stop(self) -> None:
         """Stop it cleanly; its append-only file is written out first (SIGTERM, as Redis documents)."""
-        try:
-            pid = int(self._pid_path.read_text())
-            os.kill(pid, signal.SIGTERM)
-        except (OSError, ValueError):
+        if self._process is not None:
+            self._process.terminate()
+        elif not self._shut_down():
             return
         deadline = time.monotonic() + 10
         while self.is_running() and time.monotonic() < deadline:

@@ -20,6 +20,7 @@ from redis.asyncio.connection import parse_url
 Reply = list[int]
 UNDELIVERED_MAX: Final = 100_000
 _REDELIVERY_SECONDS: Final = 1.0
+_REDELIVERED_AT_ONCE: Final = 5_000
 # How much longer than its deadline a call waits while Redis answers others.
 _PATIENCE_SECONDS: Final = 0.45
 # Redis is there and cannot run a script just now.
@@ -148,8 +149,13 @@ class _Wire(asyncio.Protocol):
             return
         future = waiting.future
         if future is None:
-            if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith(_PASSING_ERRORS):
-                self._undelivered.append(waiting.call)
+            if isinstance(answer, hiredis.ReplyError) and waiting.call:
+                # Inside a script Redis 6.2 wraps the reason in words of its own: it stands somewhere in the text.
+                if any(reason in str(answer) for reason in _PASSING_ERRORS):
+                    self._undelivered.append(waiting.call)
+                # A replica stays one: looking the server up again may find the new primary.
+                if "READONLY" in str(answer):
+                    self.close()
             return
         if future.done():
             return
@@ -243,6 +249,8 @@ class ScriptConnection:
         """
         self._sweep = self._loop.call_later(self._deadline_seconds / 2, self._judge)
         wire = self._wire
+        if wire is not None and self.undelivered and self._redelivery is None:
+            self._redelivery = self._loop.call_later(_REDELIVERY_SECONDS, self._redeliver)
         if wire is None or not wire.waiting:
             return
         now = self._loop.time()
@@ -285,7 +293,7 @@ class ScriptConnection:
 
     def _redeliver(self) -> None:
         self._redelivery = None
-        for _ in range(len(self.undelivered)):
+        for _ in range(min(len(self.undelivered), _REDELIVERED_AT_ONCE)):
             if self._wire is None:
                 return
             self.deliver(self.undelivered.popleft())

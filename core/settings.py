@@ -98,8 +98,8 @@ def load(environ: Mapping[str, str]) -> Settings:
     reader = _Reader(environ)
     read = reader.read
     edge = EdgeSettings(
-        host=read("AAP_HOST", "127.0.0.1", str),
-        port=read("AAP_PORT", 8080, _integer(0, 65535)),
+        host=read("AAP_HOST", "127.0.0.1", _address),
+        port=read("AAP_PORT", 8080, _integer(1, 65535)),
         workers=read("AAP_WORKERS", min(os.cpu_count() or 1, 4), _integer(1, 256)),
         body_bytes_max=read("AAP_BODY_BYTES_MAX", 10 * 1024 * 1024, _integer(1024, 1 << 30)),
         in_flight_max=read("AAP_IN_FLIGHT_MAX", 2048, _integer(1, 1 << 20)),
@@ -178,6 +178,10 @@ def _url(*schemes: str) -> Callable[[str], str | None]:
         return text
 
     return parse
+
+
+def _address(text: str) -> str:
+    return str(ipaddress.ip_address("127.0.0.1" if text == "localhost" else text))
 
 
 def _optional(text: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from core.errors import AppError
+from core.errors import AppError, UpstreamFailed
 from core.ids import new_id
 from core.settings import EdgeSettings
 from gateway.admission import Admission
@@ -142,7 +142,7 @@ async def _notice_hang_up(run: Run, receive: Any) -> None:
 
 def _note(exchange: Exchange, error: AppError) -> None:
     """Log what the caller is not told. *outcome* tells a refusal from a failure."""
-    if exchange.upstream_status or exchange.attempts:
+    if isinstance(error, UpstreamFailed):
         exchange.outcome = "upstream_failed"
     notes = getattr(error, "__notes__", None)
     if notes or error.__cause__ is not None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
+from sqlalchemy import text
 
 from core.database import Database
 from core.migrations import upgrade
 from core.settings import Pepper
 from keys.lifecycle import NewKey, create_key
 from keys.tenants import create_organization, create_project, list_organizations
+
+_LOCK: Final = 0x66697273
 
 
 class FirstKey(msgspec.Struct, frozen=True):
@@ -27,6 +32,8 @@ async def prepare(database_url: str, pepper: Pepper) -> FirstKey | None:
     try:
         await upgrade(database)
         async with database.transaction() as session:
+            # Several machines may start on one empty database at once.
+            await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
             if await list_organizations(session):
                 return None
             organization = await create_organization(session, "Default organization")

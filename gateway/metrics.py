@@ -156,8 +156,17 @@ def _merged(directory: Path) -> Snapshot:
             whole.counters[name] = whole.counters.get(name, 0) + value
         if _is_running(part.pid):
             for name, value in part.gauges.items():
-                whole.gauges[name] = whole.gauges.get(name, 0) + value
+                whole.gauges[name] = _combined(name, whole.gauges.get(name), value)
     return whole
+
+
+def _combined(name: str, so_far: float | None, value: float) -> float:
+    """Add up what is counted; of what is up, or late, the worst process speaks for all."""
+    if so_far is None:
+        return value
+    if name.endswith(("_up", "_live")):
+        return min(so_far, value)
+    return max(so_far, value) if name.endswith("_seconds") else so_far + value
 
 
 def _is_running(pid: int) -> bool:

@@ -25,7 +25,8 @@ _READY_SECONDS_MAX: Final = 30.0
 # Beyond the drain: interrupted streams get to say so, embedded parts close.
 _STOP_SECONDS_EXTRA: Final = 15.0
 _RESTART_PAUSE_SECONDS_MAX: Final = 10.0
-_STOPPING: Final = {int(signal.SIGTERM), int(signal.SIGINT)}
+# SIGHUP is what a closed terminal sends.
+_STOPPING: Final = {int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGHUP)}
 _LOOK_SECONDS: Final = 1.0
 _log = structlog.get_logger(__name__)
 Welcome = Callable[[FirstKey | None, CatalogFile], None]

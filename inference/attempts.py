@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 
 from core.clock import SystemClock
+from core.errors import AppError
 from inference.catalog import Deployment, Model
 from inference.errors import NoDeploymentAvailable, UpstreamUnreachable
 from inference.exchange import Exchange
@@ -80,10 +81,15 @@ async def open_answer(
             await asyncio.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         exchange.attempts = attempt
         # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
-        exchange.is_estimated = True
+        exchange.tokens_estimated, exchange.is_estimated = (request.prompt_tokens, 0), True
         exchange.deployment = deployment
         try:
-            return await _attempt(policy, UpstreamCall(exchange.endpoint, request, deployment))
+            call = UpstreamCall(exchange.endpoint, request, deployment)
+            return await _attempt(policy, call, is_first=deployment not in failed)
+        except AppError:
+            # Refused on our side: no provider has seen it.
+            exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
+            raise
         except (UpstreamError, _Refused) as error:
             last = error
             failed.append(deployment)
@@ -98,20 +104,24 @@ async def open_answer(
     return _passed_on(last.answer), b""
 
 
-async def _attempt(policy: AttemptPolicy, call: UpstreamCall) -> tuple[Answer, bytes]:
+async def _attempt(policy: AttemptPolicy, call: UpstreamCall, *, is_first: bool) -> tuple[Answer, bytes]:
+    """Try one deployment. A call counts against its health once: one bad request must not rest it for everybody."""
     router, deployment = policy.router, call.deployment
     try:
         answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
         first = await _first_bytes(answer, call)
     except _Refused as refused:
         # A full provider is not a broken one: it is rested for as long as it asks, and not otherwise.
-        if refused.answer.status != 429 or refused.rest_seconds is not None:
+        if is_first and (refused.answer.status != 429 or refused.rest_seconds is not None):
             router.failed(deployment, rest_seconds=refused.rest_seconds)
         else:
             router.released(deployment)
         raise
     except UpstreamError:
-        router.failed(deployment)
+        if is_first:
+            router.failed(deployment)
+        else:
+            router.released(deployment)
         raise
     except BaseException:
         router.released(deployment)

@@ -13,6 +13,7 @@ from inference.routing import Router
 from inference.upstreams.base import Answer, Upstream
 from inference.upstreams.http1_errors import (
     BodyTooLarge,
+    ConnectionLost,
     ConnectTimedOut,
     FirstByteTimedOut,
     IdleTimedOut,
@@ -75,8 +76,7 @@ class Inference:
             raise ModelNotFound(request.model)
         exchange.model = model.name
         principal.require_model(model.name)
-        output_tokens = min(request.output_tokens, model.output_tokens_max)
-        exchange.tokens_estimated = (request.prompt_tokens, 0)
+        output_tokens = min(request.output_tokens, model.output_tokens_max) * request.choices
         exchange.reservation = await self._quota.reserve(
             exchange.request_id, principal.plan_for(model.name), request.prompt_tokens, output_tokens
         )
@@ -148,6 +148,10 @@ class Call:
     def _end(self, relay: SseRelay) -> bytes:
         rest = relay.finish()
         self._observe(relay)
+        if rest and not relay.is_done:
+            # Half an event: the connection's end was not the answer's.
+            cut = ConnectionLost("The upstream closed in the middle of an event.", response_started=True)
+            raise translated(cut) from cut
         self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
         return rest
 

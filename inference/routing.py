@@ -52,7 +52,9 @@ class Router:
         chosen = self._weighted(fresh)
         health = self._health.get(chosen.id)
         if health is not None and health.rests_until:
+            # This call tries it; if nothing is heard of it (a caller who hangs up), the next may after another rest.
             health.is_trying = True
+            health.rests_until = time.monotonic() + _REST_SECONDS
         return chosen
 
     def has_other(self, model: Model, failed: Collection[Deployment]) -> bool:
@@ -77,21 +79,22 @@ class Router:
     def released(self, deployment: Deployment) -> None:
         """Note that a call ended without telling anything about *deployment*."""
         health = self._health.get(deployment.id)
-        if health is not None:
+        if health is not None and health.is_trying:
             health.is_trying = False
+            health.rests_until = time.monotonic()
 
     def state_of(self, deployment: Deployment) -> str:
         """Return `closed` (in use), `open` (rested) or `half_open` (being tried): the breaker's usual words."""
         health = self._health.get(deployment.id)
         if health is None or not health.rests_until:
             return "closed"
-        return "open" if health.rests_until > time.monotonic() else "half_open"
+        return "half_open" if health.is_trying or health.rests_until <= time.monotonic() else "open"
 
     def _is_ready(self, deployment: Deployment) -> bool:
         health = self._health.get(deployment.id)
         if health is None or not health.rests_until:
             return True
-        return health.rests_until <= time.monotonic() and not health.is_trying
+        return health.rests_until <= time.monotonic()
 
     def _weighted(self, deployments: list[Deployment]) -> Deployment:
         weights = [deployment.weight for deployment in deployments]

@@ -6,6 +6,7 @@ caller's bytes: a body with two `model` keys must not be read one way here and a
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final, TypeVar, cast
 
 import msgspec
@@ -14,7 +15,7 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
 from inference.endpoints import Endpoint
 from inference.errors import BodyInvalid
-from inference.tokens import estimate_output_tokens, estimate_prompt_tokens
+from inference.tokens import count_choices, estimate_output_tokens, estimate_prompt_tokens
 
 Fields = dict[str, msgspec.Raw]
 _T = TypeVar("_T")
@@ -42,6 +43,7 @@ class ParsedRequest:
         "_body",
         "_content_type",
         "_fields",
+        "choices",
         "is_stream",
         "model",
         "output_tokens",
@@ -57,7 +59,9 @@ class ParsedRequest:
         self.is_stream = False
         self.shows_usage = True
         self.prompt_tokens = 0
+        # For each of *choices*.
         self.output_tokens = 0
+        self.choices = 1
 
     @property
     def content_type(self) -> bytes:
@@ -67,7 +71,7 @@ class ParsedRequest:
     def upstream_body(self, model: str) -> bytes:
         """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
         if self._fields is None:
-            return self._body
+            return self._body if model == self.model else _renamed(self._body, self.model, model)
         fields = self._fields
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
@@ -92,6 +96,7 @@ def parse(endpoint: Endpoint, content_type: bytes, body: bytes, output_tokens_ma
     request.prompt_tokens = estimate_prompt_tokens(fields, len(body))
     if endpoint.generates_tokens:
         request.output_tokens = estimate_output_tokens(fields, output_tokens_max)
+        request.choices = count_choices(fields)
     if request.is_stream and endpoint.has_usage_option:
         _ask_for_usage(request, fields)
     return request
@@ -141,6 +146,20 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: s
         return decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BodyInvalid(f"Invalid type or value for '{name}'.", param=name) from None
+
+
+def _renamed(form: bytes, model: str, wanted: str) -> bytes:
+    """Return *form* with its `model` part saying *wanted*. Errors: BodyInvalid unless there is exactly one."""
+    part = re.compile(
+        rb'(content-disposition:[^\r\n]*;\s*name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)'
+        + re.escape(model.encode())
+        + rb"(?=\r\n--)",
+        re.IGNORECASE,
+    )
+    renamed, count = part.subn(lambda found: found[1] + wanted.encode(), form)
+    if count != 1:
+        raise BodyInvalid("Invalid form: the model part is not in its usual form.", param="model")
+    return renamed
 
 
 def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:

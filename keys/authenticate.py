@@ -88,7 +88,7 @@ class Authenticator:
         if entry is not None and self._is_feed_live() and now - entry.loaded_at < _AGE_SECONDS_MAX:
             principal = entry.principal
         else:
-            principal = await self._find(token, digest, address)
+            principal = await self._find(token, digest, address, is_known=entry is not None)
         if principal.usable_until_seconds <= now:
             raise KeyIncorrect(secrets.hint(token.decode("latin-1")), "It has expired or has been revoked.")
         if principal.grants.ip_networks is not None:
@@ -113,13 +113,15 @@ class Authenticator:
         self._by_key.clear()
         self._unknown.clear()
 
-    async def _find(self, token: bytes, digest: bytes, address: Callable[[], str]) -> Principal:
+    async def _find(self, token: bytes, digest: bytes, address: Callable[[], str], *, is_known: bool) -> Principal:
         text = token.decode("latin-1")
         hint = secrets.hint(text)
         if not secrets.is_well_formed(text):
             raise KeyIncorrect(hint)
         origin = address()
-        self._failures.require_room(origin)
+        if not is_known:
+            # A key that was right a moment ago is no guess, whatever others at its address send.
+            self._failures.require_room(origin)
         unknown_until = self._unknown.get(digest, 0.0)
         principal = None
         if unknown_until < time.time():

@@ -79,6 +79,11 @@ local function look(requests, tokens)
     -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
     local elapsed_ms, elapsed_s = max(now_ms - m, 0), max(now_s - d, 0)
     m, d = max(now_ms, m), max(now_s, d)
+    -- A limit that was taken away starts anew when it is set again.
+    if rpm < 0 then rm = NEVER end
+    if rpd < 0 then rd = NEVER end
+    if tpm < 0 then tm = NEVER end
+    if tpd < 0 then td = NEVER end
     if rpm >= 0 then
       rm = refilled(rm, rpm, rpm * MINUTE, elapsed_ms) - requests * MINUTE
       if rm < 0 and ceil(-rm / rpm) > wait_ms then blocked, wait_ms, blocked_limit = first + 1, ceil(-rm / rpm), rpm end

@@ -20,7 +20,7 @@ from keys.local_quota import LocalQuota
 class Reservation:
     """What was set aside for one call. Given back by `settle`, once, however the call ends."""
 
-    __slots__ = ("is_local", "is_settled", "plan", "request_id", "requests", "reserved_at", "tokens", "tokens_window")
+    __slots__ = ("is_local", "is_settled", "plan", "request_id", "requests", "tokens", "tokens_window", "was_sent")
 
     def __init__(self, request_id: str, plan: QuotaPlan, tokens: int) -> None:
         self.request_id = request_id
@@ -30,7 +30,7 @@ class Reservation:
         self.tokens_window: Window | None = None
         self.is_local = False
         self.is_settled = False
-        self.reserved_at = time.monotonic()
+        self.was_sent = True
 
 
 class Quota:
@@ -60,7 +60,13 @@ class Quota:
         if plan.denied_until_seconds:
             _deny_again(plan)
         try:
-            reply = await self._scripts.run(_call(reservation, b"reserve", tokens))
+            answer = self._scripts.run(_call(reservation, b"reserve", tokens))
+        except RedisUnavailable:
+            # Never sent: Redis has nothing to be told afterwards.
+            reservation.was_sent = False
+            return self._reserve_locally(reservation)
+        try:
+            reply = await answer
         except RedisUnavailable:
             return self._reserve_locally(reservation)
         except asyncio.CancelledError:
@@ -83,7 +89,7 @@ class Quota:
         reservation.is_settled = True
         if reservation.is_local:
             self._local.settle(reservation.plan, reservation.tokens, tokens_used)
-        if not reservation.plan.scopes:
+        if not reservation.plan.scopes or not reservation.was_sent:
             return
         # Also after a local decision: Redis may have run a reservation whose answer came too late.
         self._scripts.deliver(_call(reservation, b"settle", -1 if tokens_used is None else tokens_used))

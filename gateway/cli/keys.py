@@ -179,3 +179,6 @@ def _print_issued(shown: Any, *, as_json: bool) -> None:
         print_json(shown)
         return
     click.echo(f"id      {shown.id}\nsecret  {shown.secret}   (shown this once)")
+    if not shown.propagation.is_complete:
+        missing = ", ".join(shown.propagation.missing)
+        click.echo(f"Not confirmed by {missing}: there the change holds within 5 seconds.", err=True)

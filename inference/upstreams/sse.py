@@ -89,7 +89,7 @@ class SseRelay:
             has_usage = b'"usage"' in whole
         else:
             has_usage = whole.count(b'"usage"') != whole.count(b'"usage":null')
-        self.events += 1
+        self.events += whole.count(b"data:")
         has_error = b'"error"' in whole
         if not (has_usage or has_error or b"[DONE]" in whole):
             return whole

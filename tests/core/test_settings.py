@@ -36,7 +36,7 @@ def test_everything_can_be_set_and_blanks_count_as_unset() -> None:
         {
             **STORES,
             "AAP_HOST": " :: ",
-            "AAP_PORT": "0",
+            "AAP_PORT": "1",
             "AAP_WORKERS": " ",
             "AAP_TRUSTED_PROXIES": "10.0.0.1/8, 2001:db8::/32,",
             "AAP_LOG_FORMAT": "Console",
@@ -45,7 +45,7 @@ def test_everything_can_be_set_and_blanks_count_as_unset() -> None:
             "AAP_KEY_PEPPERS": f"{PEPPER}, p0:{'00' * 32}",
         }
     )
-    assert (settings.edge.host, settings.edge.port, settings.edge.drain_seconds) == ("::", 0, 0.5)
+    assert (settings.edge.host, settings.edge.port, settings.edge.drain_seconds) == ("::", 1, 0.5)
     assert settings.edge.workers == load({}).edge.workers
     assert settings.edge.trusted_proxies == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("2001:db8::/32"))
     assert (settings.log.format, settings.log.requests) == ("console", False)

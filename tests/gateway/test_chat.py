@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 
 from core.database import Database
 from keys.limits import RateLimits
-from tests.harness.gateway import Gateway
+from tests.harness.eventually import eventually
+from tests.harness.gateway import Gateway, config_for
 from tests.harness.provider import Exchange, FakeProvider, answer, chat_answer, chunk, stream
 from tests.harness.raw import RawConnection, call, chat, post
 from tests.harness.stores import TestStores
@@ -232,3 +234,57 @@ class TestFallback:
         got = await call(gateway.port, post(PATH, tenant.key, chat("org/fake")))
         assert got.status == 502
         assert b"sk-upstream" not in got.body
+
+
+class TestForms:
+    async def test_a_form_names_the_deployments_own_model(
+        self, stores: TestStores, provider: FakeProvider, tenant: Tenant, workdir: Path
+    ) -> None:
+        config = config_for(provider.base_url, models=("whisper-1",)).replace('[models."whisper-1"]', "[models.stt]")
+        form = (
+            b'--b\r\ncontent-disposition: form-data; name="model"\r\n\r\nstt\r\n'
+            b'--b\r\ncontent-disposition: form-data; name="file"; filename="a.wav"\r\n\r\nstt\r\n--b--\r\n'
+        )
+        async with Gateway(stores, workdir, config) as gateway:
+            request = post("/v1/audio/transcriptions", tenant.key, form, content_type="multipart/form-data; boundary=b")
+            assert (await call(gateway.port, request)).status == 200
+        assert provider.received[-1].body == form.replace(b"\r\n\r\nstt\r\n", b"\r\n\r\nwhisper-1\r\n", 1)
+
+
+class TestCharges:
+    async def test_a_call_that_no_provider_saw_takes_no_tokens(
+        self, gateway: Gateway, provider: FakeProvider, database: Database, stores: TestStores
+    ) -> None:
+        """Guarantee: refusals of ours cost nothing of a daily limit of tokens, however often they are met."""
+        tenant = await new_tenant(database, stores.pepper, limits={"key": RateLimits(tokens_per_day=100_000)})
+        provider.default = answer(b'{"error":{"message":"no","type":"invalid_request_error"}}', 400)
+        for _ in range(3):
+            assert (await call(gateway.port, post(PATH, tenant.key, chat(text="word " * 2_000)))).status == 400
+        provider.default = answer(chat_answer(usage=(1, 1)))
+        got = await call(gateway.port, post(PATH, tenant.key, chat(max_tokens=1)))
+        assert int(got.headers["x-ratelimit-remaining-tokens"]) > 99_900
+
+    async def test_events_that_came_together_are_counted_one_by_one(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        async def burst(exchange: Exchange) -> None:
+            await exchange.send_head()
+            await exchange.send_chunk(b"".join(b"data: " + chunk("x") + b"\n\n" for _ in range(400)))
+            exchange.reset()
+
+        provider.scripts.append(burst)
+        await call(gateway.port, post(PATH, tenant.key, chat(stream=True)))
+        await eventually(lambda: any(line.get("output_tokens", 0) == 400 for line in gateway.calls()))
+
+    async def test_a_stream_that_ends_inside_an_event_is_not_passed_off_as_whole(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        async def cut(exchange: Exchange) -> None:
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+            await exchange.send(head + b"data: " + chunk("a") + b'\n\ndata: {"id":"chatc')
+            exchange.writer.close()
+
+        provider.scripts.append(cut)
+        got = await call(gateway.port, post(PATH, tenant.key, chat(stream=True)))
+        assert b'"upstream_unreachable"' in got.body
+        assert b"[DONE]" not in got.body

@@ -67,11 +67,8 @@ async def serve(directory: Path, **more: str) -> Serving:
 
 
 async def children(pid: int) -> list[tuple[int, str]]:
-    ended = await asyncio.create_subprocess_exec(
-        "ps", "-o", "pid=,args=", "--ppid", str(pid), stdout=asyncio.subprocess.PIPE
-    )
-    listed, _ = await ended.communicate()
-    return [(int(line.split()[0]), line) for line in listed.decode().splitlines()]
+    found = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [(child, Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")) for child in found]
 
 
 async def test_from_nothing_to_an_answer_and_again(workdir: Path) -> None:

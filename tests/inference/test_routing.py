@@ -119,6 +119,19 @@ class TestBreaker:
         assert router.choose(model, ()) is deployment
         assert router.state_of(deployment) == ("closed" if outcome == "succeeded" else "half_open")
 
+    def test_a_try_that_nothing_is_heard_of_bars_nobody_for_longer_than_a_rest(
+        self, router: Router, passing: Passing
+    ) -> None:
+        """Guarantee: a caller who hangs up while trying a deployment does not take it from everybody else."""
+        model = model_of(1)
+        fail(router, model.deployments[0])
+        passing.now += 10
+        router.choose(model, ())
+        with pytest.raises(NoDeploymentAvailable):
+            router.choose(model, ())
+        passing.now += 10
+        assert router.choose(model, ()) is model.deployments[0]
+
     def test_a_rested_one_gets_no_calls_while_another_serves(self, router: Router, passing: Passing) -> None:
         model = model_of(100, 1)
         fail(router, model.deployments[0])

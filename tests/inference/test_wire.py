@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inference.endpoints import ENDPOINTS, Endpoint
 from inference.errors import BodyInvalid
-from inference.tokens import estimate_output_tokens, estimate_prompt_tokens
+from inference.tokens import count_choices, estimate_output_tokens, estimate_prompt_tokens
 from inference.wire import ParsedRequest, parse
 
 JSON = b"application/json"
@@ -177,7 +177,8 @@ class TestEstimates:
 
     @staticmethod
     def output(body: dict[str, Any], most: int = 10**9) -> int:
-        return estimate_output_tokens(msgspec.json.decode(msgspec.json.encode(body), type=dict[str, msgspec.Raw]), most)
+        fields = msgspec.json.decode(msgspec.json.encode(body), type=dict[str, msgspec.Raw])
+        return estimate_output_tokens(fields, most) * count_choices(fields)
 
     @given(st.integers(0, 200_000))
     def test_text_is_about_four_bytes_a_token_at_every_size(self, size: int) -> None:

@@ -120,9 +120,12 @@ class KeyFeed:
 
     async def close(self) -> None:
         """Stop listening, and leave the list of living gateways."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        pending = set(self._tasks)
+        while pending:
+            # Again and again: a client library in the middle of a wait may swallow a cancellation.
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.2)
         with contextlib.suppress(*_DOWN):
             await self._redis.zrem(_GATEWAYS, self._gateway_id)
         await self._redis.aclose()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from inference.attempts import AttemptPolicy, open_answer
-from inference.catalog import Catalog
+from inference.catalog import Catalog, Model
 from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
 from inference.exchange import Exchange
 from inference.routing import Router
@@ -54,17 +54,14 @@ class Inference:
         Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
         UpstreamUnreachable, UpstreamTimedOut, NoDeploymentAvailable, ParameterUnsupported.
         """
-        request = await self._admit(exchange, content_type, body)
-        model = self._catalog().find(exchange.model)
-        if model is None:
-            raise ModelNotFound(exchange.model)
+        request, model = await self._admit(exchange, content_type, body)
         try:
             answer, first = await open_answer(self._policy, exchange, model, request)
         except UpstreamError as error:
             raise translated(error) from error
         return Call(exchange, request, answer, first)
 
-    async def _admit(self, exchange: Exchange, content_type: bytes, body: bytes) -> ParsedRequest:
+    async def _admit(self, exchange: Exchange, content_type: bytes, body: bytes) -> tuple[ParsedRequest, Model]:
         principal = exchange.principal
         assert principal is not None
         endpoint = exchange.endpoint
@@ -80,7 +77,7 @@ class Inference:
         exchange.reservation = await self._quota.reserve(
             exchange.request_id, principal.plan_for(model.name), request.prompt_tokens, output_tokens
         )
-        return request
+        return request, model
 
     def settle(self, exchange: Exchange) -> None:
         """Give back what the call did not use, and report it. Idempotent by the reservation; never fails."""

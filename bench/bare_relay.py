@@ -1,80 +1,71 @@
-"""The smallest honest proxy on our own parts: Granian (ASGI), the gateway's upstream client, and nothing else.
+"""The smallest honest proxy on our own parts: the gateway's server, the gateway's upstream client, and nothing else.
 
 `python -m bench.bare_relay --port N --upstream-port M`. No key, no quota, no ledger, no log: what the gateway costs on
 top of this is the price of governing a call. It passes status, content type and bytes, and closes the upstream when the
-caller goes. The worker is a process of its own, so the upstream's port travels in the environment.
+caller goes.
 """
 
 import argparse
-import os
+import asyncio
 
-from granian import Granian
-from granian.constants import HTTPModes, Interfaces, Loops
+import uvloop
 
-from inference.upstreams.http1 import (
-    ConnectionLimits,
-    Deadlines,
-    Http1Client,
-    Http1Response,
-    Origin,
-    UpstreamError,
-    UpstreamRequest,
-)
+from core.settings import load
+from gateway.http1.listener import Listener
+from gateway.http1.request import HttpRequest, header_lines
+from inference.upstreams.connections import ConnectionLimits
+from inference.upstreams.http1 import Http1Client
+from inference.upstreams.http1_errors import UpstreamError
+from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
+from inference.upstreams.http1_response import Http1Response
 
-PORT_VARIABLE = "BENCH_UPSTREAM_PORT"
 _DEADLINES = Deadlines(connect_seconds=5.0, first_byte_seconds=60.0, idle_seconds=60.0, total_seconds=300.0)
 _REQUEST_HEADERS = [(b"content-type", b"application/json"), (b"authorization", b"Bearer sk-mock")]
+_BODY_BYTES_MAX = 64 * 1024 * 1024
 
 
 class BareRelay:
-    """An ASGI application that sends every request to one upstream."""
+    """Sends every request to one upstream."""
 
     def __init__(self, upstream_port: int) -> None:
         self._client = Http1Client(limits=ConnectionLimits(connections_per_origin_max=8192))
         self._origin = Origin("http", "127.0.0.1", upstream_port)
 
-    async def __call__(self, scope: dict, receive, send) -> None:
-        if scope["type"] != "http":
-            return
-        body = await _body_of(receive)
-        method, target = scope["method"].encode(), scope["path"].encode()
-        request = UpstreamRequest(self._origin, method, target, _REQUEST_HEADERS, body)
+    async def serve(self, request: HttpRequest) -> None:
+        body = await request.read_body(_BODY_BYTES_MAX)
+        upstream = UpstreamRequest(self._origin, request.method, request.path, _REQUEST_HEADERS, body)
         try:
-            response = await self._client.send(request, _DEADLINES)
+            response = await self._client.send(upstream, _DEADLINES)
         except UpstreamError as error:
-            await send({"type": "http.response.start", "status": 502, "headers": []})
-            await send({"type": "http.response.body", "body": str(error).encode()})
+            request.respond(502, b"", str(error).encode())
             return
         try:
-            await _pass_on(response, send)
+            request.on_hang_up = response.abort
+            await _pass_on(response, request)
         finally:
-            response.release()
+            request.on_hang_up = None
+            response.abort()
+            request.abort()
 
 
-async def _body_of(receive) -> bytes:
-    message = await receive()
-    body = message.get("body", b"")
-    while message.get("more_body"):
-        message = await receive()
-        body += message.get("body", b"")
-    return body
-
-
-async def _pass_on(response: Http1Response, send) -> None:
+async def _pass_on(response: Http1Response, request: HttpRequest) -> None:
     """Forward what has arrived as one write, as often as something has; a whole answer is one write too."""
-    headers = [(name, value) for name, value in response.headers if name in {b"content-type", b"content-length"}]
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    if any(name == b"content-length" for name, _ in headers):
-        await send({"type": "http.response.body", "body": await response.read_all(64 * 1024 * 1024)})
+    lines = header_lines([header for header in response.headers if header[0] == b"content-type"])
+    if any(name == b"content-length" for name, _ in response.headers):
+        request.respond(response.status, lines, await response.read_all(_BODY_BYTES_MAX))
         return
+    request.begin(response.status, lines, await response.read())
     while piece := await response.read():
-        await send({"type": "http.response.body", "body": piece, "more_body": True})
-    await send({"type": "http.response.body", "body": b""})
+        request.write(piece)
+        if request.is_blocked:
+            await request.drained()
+    request.end()
 
 
-def build() -> BareRelay:
-    """Make the application in the worker process."""
-    return BareRelay(int(os.environ[PORT_VARIABLE]))
+async def _serve(port: int, upstream_port: int) -> None:
+    settings = load({"AAP_PORT": str(port)}).edge
+    await Listener(BareRelay(upstream_port).serve, settings).start()
+    await asyncio.Event().wait()
 
 
 def main() -> None:
@@ -82,20 +73,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream-port", type=int, required=True)
     arguments = parser.parse_args()
-    os.environ[PORT_VARIABLE] = str(arguments.upstream_port)
-    Granian(
-        "bench.bare_relay:build",
-        factory=True,
-        address="127.0.0.1",
-        port=arguments.port,
-        interface=Interfaces.ASGI,
-        http=HTTPModes.http1,
-        loop=Loops.uvloop,
-        workers=1,
-        backlog=4096,
-        log_enabled=False,
-        websockets=False,
-    ).serve()
+    uvloop.run(_serve(arguments.port, arguments.upstream_port))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,10 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True):
     in_flight_max: int
     queued_max: int
     queue_seconds_max: float
+    connections_max: int
+    bodies_bytes_max: int
     drain_seconds: float
+    drain_notice_seconds: float
     keepalive_seconds: float
     header_seconds_max: float
     trusted_proxies: tuple[Network, ...]
@@ -105,7 +108,10 @@ def load(environ: Mapping[str, str]) -> Settings:
         in_flight_max=read("AAP_IN_FLIGHT_MAX", 2048, _integer(1, 1 << 20)),
         queued_max=read("AAP_QUEUED_MAX", 512, _integer(0, 1 << 20)),
         queue_seconds_max=read("AAP_QUEUE_SECONDS_MAX", 5.0, _seconds),
+        connections_max=read("AAP_CONNECTIONS_MAX", 16_384, _integer(1, 1 << 20)),
+        bodies_bytes_max=read("AAP_BODIES_BYTES_MAX", 256 * 1024 * 1024, _integer(1 << 20, 1 << 40)),
         drain_seconds=read("AAP_DRAIN_SECONDS", 30.0, _seconds),
+        drain_notice_seconds=read("AAP_DRAIN_NOTICE_SECONDS", 0.0, _seconds),
         keepalive_seconds=read("AAP_SSE_KEEPALIVE_SECONDS", 15.0, _seconds),
         header_seconds_max=read("AAP_HEADER_SECONDS_MAX", 10.0, _seconds),
         trusted_proxies=read("AAP_TRUSTED_PROXIES", (), _networks),

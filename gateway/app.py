@@ -1,7 +1,8 @@
-"""The ASGI application: hot routes first, Litestar for the rest, one error form and one request id for both."""
+"""The application: hot routes first, Litestar for the rest, one error form and one request id for both."""
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any, Final
 
 import structlog
@@ -25,6 +26,8 @@ from gateway.errors import (
     headers_of,
     status_of,
 )
+from gateway.http1.asgi import serve_asgi
+from gateway.http1.request import HttpRequest
 from gateway.routes import health, metrics, models
 from gateway.routes.dependencies import provide_principal, provide_runtime
 from gateway.routes.openapi import describe_hot_routes
@@ -34,21 +37,20 @@ _BODY_BYTES_MAX: Final = 1024 * 1024
 _log = structlog.get_logger(__name__)
 
 
-def create_app(runtime: Runtime) -> ASGIApp:
-    """Return the whole application of an API process."""
-    site = create_site(runtime)
-    hot = runtime.hot
+class Application:
+    """The whole application of an API process: who answers what."""
 
-    async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            endpoint = hot.endpoints.get(scope["path"])
-            if endpoint is not None:
-                await hot.serve(endpoint, scope, receive, send)
-                return
-            send = _with_request_id(scope, send)
-        await site(scope, receive, send)
+    def __init__(self, runtime: Runtime) -> None:
+        self._hot = runtime.hot
+        self._endpoints = runtime.hot.endpoints
+        self._site = _with_request_id(create_site(runtime))
 
-    return application
+    def dispatch(self, request: HttpRequest) -> Coroutine[Any, Any, None]:
+        """Return the coroutine that answers *request*."""
+        endpoint = self._endpoints.get(request.path)
+        if endpoint is not None:
+            return self._hot.serve(endpoint, request)
+        return serve_asgi(self._site, request, _BODY_BYTES_MAX)
 
 
 def create_site(runtime: Runtime) -> Litestar:
@@ -70,21 +72,25 @@ def create_site(runtime: Runtime) -> Litestar:
         request_max_body_size=_BODY_BYTES_MAX,
         debug=False,
     )
-    describe_hot_routes(site.openapi_schema, runtime.hot.endpoints)
+    hot = {path.decode(): endpoint for path, endpoint in runtime.hot.endpoints.items()}
+    describe_hot_routes(site.openapi_schema, hot)
     return site
 
 
-def _with_request_id(scope: Scope, send: Send) -> Send:
-    request_id = new_id("req")
-    scope["state"]["request_id"] = request_id
-    header = (b"x-request-id", request_id.encode())
+def _with_request_id(site: ASGIApp) -> ASGIApp:
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = new_id("req")
+        scope["state"]["request_id"] = request_id
+        header = (b"x-request-id", request_id.encode())
 
-    async def send_with_id(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], header]
-        await send(message)
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], header]
+            await send(message)
 
-    return send_with_id
+        await site(scope, receive, send_with_id)
+
+    return application
 
 
 def _answer_error(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorBody]:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+from collections.abc import Iterable
 
 from core.settings import Network
 
 
-def client_address(scope: Any, trusted: tuple[Network, ...]) -> str:
-    """Return the address of the nearest hop that is not a trusted proxy.
+def client_address(peer: str, headers: Iterable[tuple[bytes, bytes]], trusted: tuple[Network, ...]) -> str:
+    """Return the address of the nearest hop that is not a trusted proxy; "" where the *peer* has none.
 
     Read from the right: each trusted proxy vouches for the hop before it, and nothing else in the header is believed.
     """
-    client = scope.get("client")
-    address = plain_address(str(client[0])) if client else ""
+    address = plain_address(peer)
     if not trusted or not _is_in(address, trusted):
         return address
     hops: list[str] = []
-    for name, value in scope["headers"]:
+    for name, value in headers:
         if name == b"x-forwarded-for":
             hops += [plain_address(hop.strip()) for hop in value.decode("latin-1").split(",")]
     for hop in reversed(hops):

@@ -5,6 +5,9 @@ AppError
 │   ├── BodyTooLarge           413
 │   ├── ContentTypeUnsupported 415
 │   ├── FramingUnsupported     400, and the connection is closed
+│   ├── RequestMalformed       400, and the connection is closed
+│   ├── HeadTooLarge           431, and the connection is closed
+│   ├── ClientGone             499, which only logs ever see
 │   ├── MethodNotAllowed       405
 │   └── RequestTimedOut        408
 ├── NotFound
@@ -67,6 +70,33 @@ class FramingUnsupported(Invalid):
         super().__init__("Unsupported transfer encoding.")
 
 
+class RequestMalformed(Invalid):
+    """What came is not HTTP as RFC 9112 has it."""
+
+    code = "malformed_request"
+
+    def __init__(self, message: str = "The request is malformed.") -> None:
+        super().__init__(message)
+
+
+class HeadTooLarge(Invalid):
+    """The request's head is larger than this gateway takes."""
+
+    code = "request_headers_too_large"
+
+    def __init__(self) -> None:
+        super().__init__("The request's headers are too large or too many.")
+
+
+class ClientGone(Invalid):
+    """The caller hung up, or has stopped reading: nobody will read an answer. 499 is what logs call it."""
+
+    code = "client_gone"
+
+    def __init__(self) -> None:
+        super().__init__("The caller hung up.")
+
+
 class MethodNotAllowed(Invalid):
     """The route exists, for another method."""
 
@@ -116,6 +146,8 @@ class GatewayStopping(Unavailable):
 # The first class that fits, so the specific ones come first. The types are OpenAI's (openai-wire reference, 4.1).
 _FORMS: Final[tuple[tuple[type[AppError], int, str], ...]] = (
     (BodyTooLarge, 413, "invalid_request_error"),
+    (HeadTooLarge, 431, "invalid_request_error"),
+    (ClientGone, 499, "invalid_request_error"),
     (ContentTypeUnsupported, 415, "invalid_request_error"),
     (MethodNotAllowed, 405, "invalid_request_error"),
     (RequestTimedOut, 408, "invalid_request_error"),
@@ -182,8 +214,6 @@ def headers_of(error: Exception) -> Headers:
     if isinstance(error, PaymentRequired):
         # Official clients retry every 429 unless told otherwise; no retry helps here.
         headers.append((b"x-should-retry", b"false"))
-    if isinstance(error, FramingUnsupported):
-        headers.append((b"connection", b"close"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode()))  # RFC 9110, 15.5.6
     if isinstance(error, Unauthenticated):

@@ -6,52 +6,43 @@ One timer for the process instead of several per call: a call costs two set oper
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import structlog
 
 from core.errors import AppError
 from core.settings import EdgeSettings
-from gateway.answers import answer_headers, denial_headers
-from gateway.errors import Headers, RequestTimedOut, body_of, headers_of, status_of
-from inference.errors import BodyInvalid, StreamInterrupted
+from gateway.answers import answer_lines, limit_lines
+from gateway.errors import ClientGone, body_of, headers_of, status_of
+from gateway.http1.request import HttpRequest, header_lines
+from inference.errors import StreamInterrupted
 from inference.exchange import Exchange
 from keys.errors import RateLimitReached
 from keys.limits import LEASE_SECONDS
 from keys.quota import Quota
 
 _TICK_SECONDS: Final = 0.25
-_BODY_SECONDS_MAX: Final = 60.0
 # A client that takes nothing for this long is treated as gone; what it holds up is bounded memory and a connection.
 _WRITE_SECONDS_MAX: Final = 60.0
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 _JSON: Final = b"application/json"
+# nginx and others hold streams back unless told not to.
+_STREAMED: Final = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
 _EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
-_CLIENT_CLOSED: Final = 499
 
 Phase = Literal["reading", "waiting", "writing", "running"]
 _log = structlog.get_logger(__name__)
 
 
-class ClientGone(AppError):
-    """The caller hung up: nobody will read an answer."""
-
-    code = "client_gone"
-
-
 class Run:
-    """One call on its way to its caller. Its sends are in order, and it is answered once."""
+    """One call on its way to its caller. It is answered once."""
 
     __slots__ = (
-        "_has_given_up",
         "_last",
-        "_pinging",
-        "_send",
+        "_request",
         "exchange",
         "interruption",
-        "is_committed",
         "is_gone",
         "phase",
         "renewed_at",
@@ -59,95 +50,76 @@ class Run:
         "task",
     )
 
-    def __init__(self, exchange: Exchange, send: Any, task: asyncio.Task[Any] | None, now: float) -> None:
+    def __init__(self, exchange: Exchange, request: HttpRequest, now: float) -> None:
         self.exchange = exchange
-        self.task = task
+        self.task = request.task
         self.phase: Phase = "reading"
         self.since = now
         self.renewed_at = now
-        self.is_committed = False
         self.is_gone = False
         self.interruption: AppError | None = None
-        self._send = send
-        self._has_given_up = False
+        self._request = request
         self._last = _KEEP_ALIVE
-        self._pinging: asyncio.Task[None] | None = None
 
-    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Send a whole answer; as an event where a keep-alive has already begun a stream."""
-        self.phase = "running"
-        if self._pinging is not None:
-            await self._pinging
-            if self.is_committed:
-                event = b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n"
-                await self._send({"type": "http.response.body", "body": event})
-                return
-        self.exchange.status = status
-        self.is_committed = True
-        headers.append((b"content-length", b"%d" % len(body)))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
+    def whole(self, status: int, lines: bytes, body: bytes) -> bool:
+        """Send a whole answer; as an event where a keep-alive has already begun a stream. As `write`."""
+        request = self._request
+        self.since = asyncio.get_running_loop().time()
+        if request.is_started:
+            request.end(b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n")
+        else:
+            self.exchange.status = status
+            request.respond(status, lines, body)
+        self.phase = "writing" if request.is_blocked else "running"
+        return request.is_blocked
 
-    async def begin(self, status: int, content_type: bytes, more: Headers) -> None:
-        """Send the head of a stream, unless a keep-alive has sent it already."""
-        self.phase = "running"
-        if self._pinging is not None:
-            await self._pinging
-        if not self.is_committed:
-            await self._commit(status, content_type, more)
+    def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
+        """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""
+        if not self._request.is_started:
+            self._commit(status, content_type, more, first)
+            return self._waits()
+        return self.write(first)
 
-    async def write(self, data: bytes, now: float) -> None:
-        """Send a part of a stream. Waits while the caller is slow; does nothing once it is gone."""
-        if self.is_gone:
-            return
-        self.phase, self.since = "writing", now
+    def write(self, data: bytes) -> bool:
+        """Send a part of a stream; tell whether to await `drained` before the next one."""
         self._last = data
-        try:
-            await self._send({"type": "http.response.body", "body": data, "more_body": True})
-        except asyncio.CancelledError:
-            if not self._has_given_up or self.interruption is not None or self.task is None:
-                raise
-            # Only the write was given up: the answer is read to its end, which says what it cost.
-            self._has_given_up = False
-            self.task.uncancel()
+        self._request.write(data)
+        return self._waits()
+
+    async def drained(self) -> None:
+        """Return when the caller has taken most of what was sent, or is gone."""
+        await self._request.drained()
         self.phase = "running"
 
-    async def end(self) -> None:
+    def end(self) -> None:
         """End a stream."""
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        self._request.end()
 
-    async def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Answer with *error*: as a plain answer if nothing was sent, else as the stream's last event."""
-        exchange = self.exchange
+        exchange, request = self.exchange, self._request
         exchange.error_code = error.code if isinstance(error, AppError) else "internal_error"
-        if self._pinging is not None:
-            await self._pinging
-        if self.is_gone or isinstance(error, ClientGone):
-            exchange.status = exchange.status or _CLIENT_CLOSED
-            if self.phase == "reading":
-                await self._answer_broken_body()
-            return
-        if self.is_committed and not exchange.is_stream:
-            # The head promised so many bytes of another body: only the connection's end can say that they won't come.
-            return
-        if self.is_committed:
+        if self.is_gone or request.is_gone or isinstance(error, ClientGone):
+            exchange.status = exchange.status or status_of(error)
+        elif not request.is_started:
+            exchange.status = status_of(error)
+            lines = answer_lines(exchange, _JSON) + header_lines(headers_of(error))
+            if isinstance(error, RateLimitReached):
+                lines += limit_lines(error.requests, error.tokens)
+            request.respond(exchange.status, lines, body_of(error))
+        elif exchange.is_stream:
             # Never a `[DONE]` behind an error: it would say that the answer is whole.
             # A large event goes on in pieces: what broke off inside one must not swallow the error.
             gap = b"" if self._last.endswith(_EVENT_ENDS) else b"\n\n"
-            await self._send({"type": "http.response.body", "body": b"%bdata: %b\n\n" % (gap, body_of(error))})
-            return
-        headers = answer_headers(exchange, _JSON) + headers_of(error)
-        if isinstance(error, RateLimitReached):
-            denial_headers(headers, error)
-        await self.whole(status_of(error), headers, body_of(error))
+            request.end(b"%bdata: %b\n\n" % (gap, body_of(error)))
 
-    async def _answer_broken_body(self) -> None:
-        """Answer a call whose body broke off: the server says the same of one whose framing was malformed."""
-        status = self.exchange.status
-        broken = BodyInvalid("The request body broke off or was malformed.")
-        with contextlib.suppress(Exception):
-            await self.whole(status_of(broken), answer_headers(self.exchange, _JSON), body_of(broken))
-        self.exchange.status = status
+    def close(self) -> None:
+        """Leave the connection in a known state: an answer that has no end is cut off, so that nobody takes it for one.
+
+        Also breaks the circle between this object and the request, which the garbage collector would have to find.
+        """
+        self._request.abort()
+        self.task = None
 
     def interrupt(self, error: AppError) -> None:
         """End the call from outside: its task is cancelled and answers with *error*."""
@@ -155,34 +127,35 @@ class Run:
             self.interruption = error
             self.task.cancel()
 
-    def give_up_writing(self) -> None:
-        """Treat the caller as gone while a write to it is stuck; what then happens is the organization's policy."""
+    def hang_up(self) -> None:
+        """Note that the caller is gone; under the policy `abort`, end the call."""
         self.is_gone = True
         principal = self.exchange.principal
         if principal is not None and principal.disconnect_policy == "abort":
-            self.interrupt(ClientGone("The caller stopped reading."))
-        elif self.task is not None:
-            self._has_given_up = True
-            self.task.cancel()
+            self.interrupt(ClientGone())
+
+    def give_up_writing(self) -> None:
+        """Hang up on a caller who takes nothing; what then becomes of the call is the organization's policy."""
+        self._request.give_up()
 
     def ping(self) -> None:
         """Send a comment, so that nothing between the caller and us takes a slow first token for a dead connection."""
-        if self._pinging is None or self._pinging.done():
-            self._pinging = asyncio.create_task(self._keep_alive())
+        if self._request.is_started:
+            self._request.write(_KEEP_ALIVE)
+        else:
+            self._commit(200, _EVENT_STREAM, b"", _KEEP_ALIVE)
 
-    async def _keep_alive(self) -> None:
-        with contextlib.suppress(Exception):
-            if not self.is_committed:
-                await self._commit(200, _EVENT_STREAM, [])
-            await self._send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
-
-    async def _commit(self, status: int, content_type: bytes, more: Headers) -> None:
-        self.is_committed = True
+    def _commit(self, status: int, content_type: bytes, more: bytes, first: bytes) -> None:
         self.exchange.status = status
-        headers = [*answer_headers(self.exchange, content_type), (b"cache-control", b"no-cache"), *more]
-        # nginx and others hold streams back unless told not to.
-        headers.append((b"x-accel-buffering", b"no"))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        lines = answer_lines(self.exchange, content_type) + _STREAMED + more
+        self._request.begin(status, lines, first)
+
+    def _waits(self) -> bool:
+        if not self._request.is_blocked:
+            return False
+        self.phase = "writing"
+        self.since = asyncio.get_running_loop().time()
+        return True
 
 
 class LiveRuns:
@@ -245,9 +218,7 @@ class LiveRuns:
         due: list[Run] = []
         for run in list(self._runs):
             age_seconds = now - run.since
-            if run.phase == "reading" and age_seconds > _BODY_SECONDS_MAX:
-                run.interrupt(RequestTimedOut())
-            elif run.phase == "writing" and age_seconds > _WRITE_SECONDS_MAX:
+            if run.phase == "writing" and age_seconds > _WRITE_SECONDS_MAX:
                 run.give_up_writing()
             elif run.phase == "waiting" and run.exchange.is_stream and age_seconds > self._keepalive_seconds > 0:
                 run.since = now

@@ -21,6 +21,7 @@ from core.settings import Settings
 from gateway.admission import Admission
 from gateway.catalog_file import CatalogFile
 from gateway.edge import HotRoutes
+from gateway.http1.listener import Listener
 from gateway.live import LiveRuns
 from gateway.metrics import CallMetrics
 from gateway.request_log import RequestLog
@@ -77,6 +78,8 @@ class Runtime:
         )
         self.admission = Admission(settings.edge)
         self.live = LiveRuns(settings.edge, self.quota)
+        self.is_stopping = False
+        self.listener: Listener | None = None
         self.log = log
         self.request_log = RequestLog(log)
         self.metrics = CallMetrics(settings.data_dir / "metrics", self._sample)

@@ -1,7 +1,6 @@
-"""One API process: the application under Granian, until it is told to stop. `python -m gateway.server`.
+"""One API process: the application on our own server, until it is told to stop. `python -m gateway.server`.
 
-Granian is embedded, so that the event loop, the signals and the order of stopping are ours. Several processes
-share the port (SO_REUSEPORT); the kernel spreads connections over them.
+Several processes share the port (SO_REUSEPORT); the kernel spreads connections over them.
 """
 
 from __future__ import annotations
@@ -9,25 +8,21 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import signal
-from typing import Any, Final
+from typing import Final
 
 import structlog
 import uvloop
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.server.embed import Server
 
 from core.log_writer import LogWriter
-from core.settings import EdgeSettings, Settings, load
+from core.settings import Settings, load
 from core.telemetry import configure_logs
-from gateway.app import create_app
+from gateway.app import Application
+from gateway.http1.listener import Listener
 from gateway.runtime import Runtime, running
 from keys.secrets import redact
 
-# hyper's read buffer, which bounds a request's head (about: it reads in steps); 100 headers are its own bound.
-_HEADER_BUFFER_BYTES: Final = 64 * 1024
 _INTERRUPTED_SECONDS_MAX: Final = 5.0
 _log = structlog.get_logger(__name__)
 
@@ -39,47 +34,32 @@ async def serve(settings: Settings, log: LogWriter) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(settings, log) as runtime:
-        server = _server(create_app(runtime), settings.edge)
+        listener = runtime.listener = Listener(Application(runtime).dispatch, settings.edge)
         _relax_garbage_collection()
-        serving = asyncio.create_task(server.serve())
-        waiting = asyncio.create_task(stop.wait())
-        telling = asyncio.create_task(_tell_supervisor(settings.edge))
-        await asyncio.wait({serving, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        telling.cancel()
-        if serving.done():
-            serving.result()
-        await _drain(runtime, server, serving)
+        _raise_descriptor_limit()
+        await listener.start()
+        _tell_supervisor()
+        await stop.wait()
+        await _drain(runtime, listener)
 
 
-async def _drain(runtime: Runtime, server: Any, serving: asyncio.Task[None]) -> None:
+async def _drain(runtime: Runtime, listener: Listener) -> None:
+    settings = runtime.settings.edge
     _log.info("gateway.draining", running=runtime.admission.running)
+    runtime.is_stopping = True
+    if settings.drain_notice_seconds:
+        await asyncio.sleep(settings.drain_notice_seconds)
     runtime.admission.stop()
-    server.stop()
-    is_idle = await runtime.admission.wait_idle(runtime.settings.edge.drain_seconds)
+    listener.stop_accepting()
+    is_idle = await listener.wait_idle(settings.drain_seconds)
     if not is_idle:
         _log.warning("gateway.interrupting", running=runtime.admission.running)
         runtime.live.interrupt_all()
-        await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX)
-    await asyncio.wait({serving}, timeout=_INTERRUPTED_SECONDS_MAX)
+        await listener.wait_idle(_INTERRUPTED_SECONDS_MAX)
+    # Calls whose callers are gone may still be read to their end, for what they cost.
+    await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX)
+    await listener.close()
     _log.info("gateway.stopped", was_idle=is_idle)
-
-
-def _server(app: Any, settings: EdgeSettings) -> Any:
-    return Server(
-        app,
-        address=settings.host,
-        port=settings.port,
-        interface=Interfaces.ASGINL,
-        http=HTTPModes.http1,
-        websockets=False,
-        backlog=2048,
-        http1_settings=HTTP1Settings(
-            header_read_timeout=int(settings.header_seconds_max * 1000), max_buffer_size=_HEADER_BUFFER_BYTES
-        ),
-        # Admission has the last word on how much runs; this only must not be lower.
-        backpressure=settings.in_flight_max + settings.queued_max + 1024,
-        log_level=LogLevels.error,
-    )
 
 
 def _relax_garbage_collection() -> None:
@@ -92,22 +72,18 @@ def _relax_garbage_collection() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-async def _tell_supervisor(settings: EdgeSettings) -> None:
-    """Say on the inherited descriptor that the port is open: Granian's own hook runs a moment before it is."""
+def _raise_descriptor_limit() -> None:
+    """Take as many file descriptors as we may: many systems start a process with 1,024, which is 500 calls."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _tell_supervisor() -> None:
+    """Say on the inherited descriptor that the port is open."""
     descriptor = os.environ.get("AAP_READY_FD")
-    if descriptor is None:
-        return
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - connected to, not bound
-    while True:
-        try:
-            _, writer = await asyncio.open_connection(host, settings.port)
-        except OSError:
-            await asyncio.sleep(0.002)
-            continue
-        writer.close()
+    if descriptor is not None:
         os.write(int(descriptor), b"1")
         os.close(int(descriptor))
-        return
 
 
 if __name__ == "__main__":

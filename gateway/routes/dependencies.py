@@ -21,7 +21,8 @@ def provide_runtime(state: State) -> Runtime:
 async def provide_principal(request: Request[Any, Any, Any], runtime: Runtime) -> Principal:
     """Return who calls. Errors: those of `Authenticator.authenticate`."""
     trusted = runtime.settings.edge.trusted_proxies
-    scope = request.scope
+    headers = request.scope["headers"]
+    peer = request.client.host if request.client else ""
     return await runtime.authenticator.authenticate(
-        credential_in(scope["headers"]), lambda: client_address(scope, trusted)
+        credential_in(headers), lambda: client_address(peer, headers, trusted)
     )

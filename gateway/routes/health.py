@@ -37,7 +37,7 @@ async def readyz(runtime: Runtime, verbose: str | None = None) -> Response[Readi
     Redis down is reported and does not turn traffic away: limits then hold per process.
     """
     checks = {
-        "stopping": "ok" if not runtime.admission.is_stopping else "stopping",
+        "stopping": "ok" if not runtime.is_stopping else "stopping",
         "postgresql": await _checked(runtime.database.ping),
         "schema": await _checked(lambda: is_current(runtime.database)),
     }

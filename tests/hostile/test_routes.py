@@ -27,11 +27,17 @@ async def _bare(gateway: Gateway, method: str, path: str, *lines: str) -> RawAns
 
 class TestMethods:
     @pytest.mark.parametrize("path", _HOT)
-    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "post", "BREW"])
+    @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
     async def test_hot_routes_take_only_post(self, gateway: Gateway, method: str, path: str, tenant: Tenant) -> None:
         got = await _bare(gateway, method, path, f"authorization: Bearer {tenant.key}")
         assert (got.status, assert_clear_error(got)["code"]) == (405, "method_not_allowed")
         assert got.headers["allow"].upper() == "POST"
+
+    @pytest.mark.parametrize("method", ["post", "Post", "FETCH", "P\tST"])
+    async def test_what_is_no_method_is_no_request(self, gateway: Gateway, method: str, tenant: Tenant) -> None:
+        got = await _bare(gateway, method, "/v1/chat/completions", f"authorization: Bearer {tenant.key}")
+        assert (got.status, assert_clear_error(got)["code"]) == (400, "malformed_request")
+        assert got.headers["connection"] == "close"
 
     @pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/livez", "/readyz", "/openapi.json"])
     async def test_the_other_routes_take_no_post(self, gateway: Gateway, path: str, tenant: Tenant) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.harness.eventually import eventually, moment
@@ -265,12 +267,15 @@ class TestSlowloris:
         connection = await RawConnection.open(gateway.port)
         await connection.send(b"POST /v1/chat/completions HTTP/1.1\r\n")
 
+        said = asyncio.create_task(connection.reader.read(-1))
+
         async def dripped() -> bool:
             connection.writer.write(b"x-a: b\r\n")
             await moment(0.1)
-            return connection.reader.at_eof()
+            return said.done()
 
         await eventually(dripped, 4)
+        assert statuses(await said) == [408]
         connection.close()
 
     async def test_200_idle_connections_do_not_stop_a_good_caller_and_are_closed(

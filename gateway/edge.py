@@ -86,7 +86,7 @@ class HotRoutes:
             lambda: client_address(request.peer_address, request.headers, self._settings.trusted_proxies),
         )
         exchange.principal = principal
-        content_type = _content_type(request.headers, exchange.endpoint)
+        content_type = _content_type(request.found, exchange.endpoint)
         if not self._admission.enter_nowait():
             await self._admission.enter()
         try:
@@ -139,18 +139,17 @@ def _note(exchange: Exchange, error: AppError) -> None:
         )
 
 
-def _content_type(headers: list[tuple[bytes, bytes]], endpoint: Endpoint) -> bytes:
+def _content_type(found: dict[bytes, bytes], endpoint: Endpoint) -> bytes:
     """Return the media type of the body. Errors: ContentTypeUnsupported."""
+    if b"content-encoding" in found and found[b"content-encoding"].lower() != b"identity":
+        raise ContentTypeUnsupported("a body without content encoding")
     expected = _MEDIA_TYPES[endpoint.body]
-    found = b""
-    for name, value in headers:
-        if name == b"content-type":
-            found = value
-        elif name == b"content-encoding" and value.lower() != b"identity":
-            raise ContentTypeUnsupported("a body without content encoding")
-    if found == expected:
-        return found
+    media_type = found.get(b"content-type", b"")
     # Clients that leave it out mean JSON; a form cannot be read without its boundary.
-    if found.partition(b";")[0].strip().lower() != expected and (found or endpoint.body == "form"):
+    if (
+        media_type != expected
+        and media_type.partition(b";")[0].strip().lower() != expected
+        and (media_type or endpoint.body == "form")
+    ):
         raise ContentTypeUnsupported(expected.decode())
-    return found
+    return media_type

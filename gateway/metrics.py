@@ -112,8 +112,9 @@ class CallMetrics:
         if exchange.first_byte_at:
             series.first_token.observe(_FIRST_TOKEN, exchange.first_byte_at - exchange.started_at)
         if deployment is not None:
-            series.input_tokens.observe(_TOKENS, exchange.input_tokens)
-            series.output_tokens.observe(_TOKENS, exchange.output_tokens)
+            tokens = exchange.tokens()
+            series.input_tokens.observe(_TOKENS, tokens[0])
+            series.output_tokens.observe(_TOKENS, tokens[1])
         outcome = f"{exchange.status}\t{exchange.outcome}"
         series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
 

@@ -58,6 +58,7 @@ class RequestLog:
             self._loop.call_later(_FLUSH_SECONDS, self.flush)
         principal, deployment, reservation = exchange.principal, exchange.deployment, exchange.reservation
         first_byte = exchange.first_byte_at
+        input_tokens, output_tokens = exchange.tokens()
         self._lines.append(
             _encode(
                 _Line(
@@ -77,8 +78,8 @@ class RequestLog:
                     exchange.is_stream,
                     exchange.attempts,
                     round((first_byte - exchange.started_at) * 1000, 3) if first_byte else None,
-                    exchange.input_tokens if exchange.attempts else 0,
-                    exchange.output_tokens,
+                    input_tokens if exchange.attempts else 0,
+                    output_tokens,
                     exchange.is_estimated,
                     "local" if reservation is not None and reservation.is_local else "redis",
                     exchange.error_code,

@@ -109,7 +109,7 @@ async def _attempt(policy: AttemptPolicy, call: UpstreamCall, *, is_first: bool)
     router, deployment = policy.router, call.deployment
     try:
         answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
-        first = await _first_bytes(answer, call)
+        first = b"" if answer.status == 200 and not call.request.is_stream else await _first_bytes(answer, call)
     except _Refused as refused:
         # A full provider is not a broken one: it is rested for as long as it asks, and not otherwise.
         if is_first and (refused.answer.status != 429 or refused.rest_seconds is not None):

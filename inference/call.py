@@ -83,7 +83,7 @@ class Inference:
         """Give back what the call did not use, and report it. Idempotent by the reservation; never fails."""
         reservation = exchange.reservation
         if reservation is not None:
-            self._quota.settle(reservation, exchange.input_tokens + exchange.output_tokens)
+            self._quota.settle(reservation, sum(exchange.tokens()))
         self._on_settled(exchange)
 
 

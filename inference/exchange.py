@@ -54,12 +54,7 @@ class Exchange:
         self.outcome = "refused"
         self.error_code: str | None = None
 
-    @property
-    def input_tokens(self) -> int:
-        """Tokens in, as reported or else as estimated."""
-        return self.usage.input_count if self.usage is not None else self.tokens_estimated[0]
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens out, as reported or else as observed."""
-        return self.usage.output_count if self.usage is not None else self.tokens_estimated[1]
+    def tokens(self) -> tuple[int, int]:
+        """Return tokens in and out: as reported, or else as estimated and observed."""
+        usage = self.usage
+        return self.tokens_estimated if usage is None else (usage.input_count, usage.output_count)

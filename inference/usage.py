@@ -42,11 +42,6 @@ class TokenUsage(msgspec.Struct, frozen=True):
         """Tokens that came out."""
         return max(0, self.completion_tokens or self.output_tokens or 0)
 
-    @property
-    def total_count(self) -> int:
-        """Tokens in and out. A provider's own total is not trusted over its parts."""
-        return self.input_count + self.output_count
-
 
 class _Answer(msgspec.Struct):
     usage: TokenUsage | None = None
@@ -70,5 +65,7 @@ def credible(usage: TokenUsage | None) -> TokenUsage | None:
     """Return *usage*, or None if no model can have used that much: it then counts as not reported."""
     if usage is None:
         return None
-    counts = (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens)
-    return usage if all(count is None or 0 <= count <= _TOKENS_MAX for count in counts) else None
+    for count in (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens):
+        if count is not None and not 0 <= count <= _TOKENS_MAX:
+            return None
+    return usage

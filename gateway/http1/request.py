@@ -75,6 +75,7 @@ class HttpRequest:
         "body_bytes",
         "closes",
         "expects_continue",
+        "found",
         "headers",
         "is_body_complete",
         "is_body_wanted",
@@ -95,6 +96,8 @@ class HttpRequest:
         self.path, _, self.query = (target if target.startswith(b"/") else _origin_form(target)).partition(b"?")
         self.headers = headers
         """Names in lower case, in the order and with the repetitions of the wire."""
+        self.found: dict[bytes, bytes] = {}
+        """The same by name. Of a repeated header it holds the last; those that matter here are never repeated."""
         self.length: int | None = None
         """What Content-Length says; None for chunks or no body."""
         self.body_bytes = 0

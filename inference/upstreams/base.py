@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -55,7 +55,7 @@ class Answer(Protocol):
 class Upstream(Protocol):
     """A kind of provider."""
 
-    async def open(self, call: UpstreamCall) -> Answer:
+    def open(self, call: UpstreamCall) -> Awaitable[Answer]:
         """Send the call; return when the answer's head is there. Errors: UpstreamError, ParameterUnsupported."""
         ...
 

@@ -79,8 +79,10 @@ class Http1Response:
 
     async def read_all(self, bytes_max: int) -> bytes:
         """Return the rest of the body. Errors: BodyTooLarge beyond *bytes_max* bytes, and those of `read`."""
-        body = await self.read()
-        if len(body) <= bytes_max and self._is_ended and not self._pieces and self._error is None:
+        body = self.read_nowait()
+        if body is None:
+            body = await self.read()
+        elif self._is_ended and not self._pieces and self._error is None and len(body) <= bytes_max:
             return body  # it all came at once, as answers that are not streamed do
         parts: list[bytes] = []
         size_bytes = 0
@@ -92,10 +94,6 @@ class Http1Response:
             parts.append(body)
             body = await self.read()
         return b"".join(parts)
-
-    def release(self) -> None:
-        """Give up the response. After the end this does nothing; before it, it closes the connection. Idempotent."""
-        self.abort()
 
     def abort(self) -> None:
         """Close the connection at once, so that the provider sees it and stops working. Idempotent.

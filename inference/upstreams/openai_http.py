@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import msgspec
 
 from core.version import VERSION
 from inference.catalog import Provider
-from inference.upstreams.base import Answer, UpstreamCall
+from inference.endpoints import ENDPOINTS
+from inference.upstreams.base import JSON, Answer, UpstreamCall
 from inference.upstreams.http1 import Http1Client
 from inference.upstreams.http1_messages import Origin, UpstreamRequest, parse_base_url
 
@@ -17,8 +20,9 @@ class _Target(msgspec.Struct, frozen=True):
     """What never changes between calls to one provider."""
 
     origin: Origin
-    path_prefix: bytes
+    paths: dict[str, bytes]
     headers: tuple[tuple[bytes, bytes], ...]
+    json_headers: tuple[tuple[bytes, bytes], ...]
 
 
 class OpenAIHttp:
@@ -28,21 +32,17 @@ class OpenAIHttp:
         self._client = client
         self._targets: dict[int, tuple[Provider, _Target]] = {}
 
-    async def open(self, call: UpstreamCall) -> Answer:
+    def open(self, call: UpstreamCall) -> Awaitable[Answer]:
         """Send the call; return when the answer's head is there. Errors: UpstreamError."""
-        deployment = call.deployment
+        deployment, request = call.deployment, call.request
         target = self._target(deployment.provider)
-        request = call.request
-        return await self._client.send(
-            UpstreamRequest(
-                target.origin,
-                b"POST",
-                target.path_prefix + call.endpoint.path.encode(),
-                (*target.headers, (b"content-type", request.content_type)),
-                request.upstream_body(deployment.model),
-            ),
-            deployment.deadlines,
+        content_type = request.content_type
+        # The very same headers each time are encoded once; a form's content type has a boundary of its own.
+        headers = target.json_headers if content_type == JSON else (*target.headers, (b"content-type", content_type))
+        upstream = UpstreamRequest(
+            target.origin, b"POST", target.paths[call.endpoint.path], headers, request.upstream_body(deployment.model)
         )
+        return self._client.send(upstream, deployment.deadlines)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -66,4 +66,5 @@ def _target_of(provider: Provider) -> _Target:
     if provider.api_key is not None:
         headers.append((b"authorization", b"Bearer " + provider.api_key.encode()))
     headers += [(name.lower().encode(), value.encode()) for name, value in provider.settings.headers.items()]
-    return _Target(origin, prefix, tuple(headers))
+    paths = {endpoint.path: prefix + endpoint.path.encode() for endpoint in ENDPOINTS}
+    return _Target(origin, paths, tuple(headers), (*headers, (b"content-type", JSON)))

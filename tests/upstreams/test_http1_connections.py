@@ -30,7 +30,7 @@ async def send_ok(client, upstream, peer=None, **changes):
     await peer.answer()
     response = await task
     assert await response.read_all(100) == b"ok"
-    response.release()
+    response.abort()
     return peer
 
 
@@ -84,8 +84,8 @@ class TestReuse:
         peer = await upstream.accept()
         await peer.answer(OK[:-1])
         response = await task
-        response.release()
-        response.release()
+        response.abort()
+        response.abort()
         assert await peer.gone()
         assert await response.read() == b"o"
         with pytest.raises(ConnectionLost):

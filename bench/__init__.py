@@ -2,5 +2,5 @@
 
 Owns a mock provider, a load generator, a look into /proc, and the tables. Everything stays on loopback
 and ends by itself.
-Imports nothing of the gateway but its upstream client (bench/bare_relay.py); nothing imports it.
+Imports nothing of the gateway but its HTTP server and client (bench/bare_relay.py); nothing imports it.
 """

@@ -12,6 +12,7 @@ import hashlib
 import ssl
 from collections import deque
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final, NamedTuple, cast
 
 import hiredis
@@ -48,7 +49,7 @@ class ScriptShape:
     All keys share one hash tag, so that they live on one node of a cluster.
     """
 
-    __slots__ = ("eval_head", "evalsha_head", "fixed", "fixed_wire", "keys", "keys_wire", "script")
+    __slots__ = ("eval_head", "evalsha_head", "fixed", "fixed_wire", "keys", "keys_wire", "own_format", "script")
 
     def __init__(self, script: Script, *, keys: Sequence[bytes], argument_count: int, fixed: Sequence[bytes]) -> None:
         self.script = script
@@ -60,6 +61,7 @@ class ScriptShape:
         self.evalsha_head = head + bulk(b"EVALSHA") + bulk(script.digest) + count
         self.eval_head = head + bulk(b"EVAL") + bulk(script.source) + count
         self.keys_wire = b"".join(map(bulk, self.keys))
+        self.own_format = b"$%d\r\n%b\r\n" * argument_count
         self.fixed_wire = b"".join(map(bulk, self.fixed))
 
 
@@ -73,7 +75,8 @@ class ScriptCall(NamedTuple):
     def encode(self, head: bytes) -> bytes:
         """Return the call as one RESP command: by digest or by source, as *head* says."""
         shape, key, arguments = self
-        own = b"".join([b"$%d\r\n%b\r\n" % (len(argument), argument) for argument in arguments])
+        # One formatting for all of them: one for each costs twice as much.
+        own = shape.own_format % tuple(chain.from_iterable(zip(map(len, arguments), arguments, strict=True)))
         return b"%b$%d\r\n%b\r\n%b%b%b" % (head, len(key), key, shape.keys_wire, own, shape.fixed_wire)
 
 

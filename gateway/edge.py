@@ -90,7 +90,10 @@ class HotRoutes:
         if not self._admission.enter_nowait():
             await self._admission.enter()
         try:
-            body = await request.read_body(self._settings.body_bytes_max)
+            bytes_max = self._settings.body_bytes_max
+            body = request.read_body_nowait(bytes_max)
+            if body is None:
+                body = await request.read_body(bytes_max)
             run.phase, run.since = "waiting", self._loop.time()
             call = await self._inference.open(exchange, content_type, body)
             if call.is_stream:

@@ -64,14 +64,12 @@ class Run:
     def whole(self, status: int, lines: bytes, body: bytes) -> bool:
         """Send a whole answer; as an event where a keep-alive has already begun a stream. As `write`."""
         request = self._request
-        self.since = asyncio.get_running_loop().time()
         if request.is_started:
             request.end(b"data: " + body.strip().replace(b"\n", b"\ndata: ") + b"\n\n")
         else:
             self.exchange.status = status
             request.respond(status, lines, body)
-        self.phase = "writing" if request.is_blocked else "running"
-        return request.is_blocked
+        return self._waits()
 
     def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
         """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""

@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +47,11 @@ class Histogram(msgspec.Struct):
         """Count all of another's."""
         self.counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
+
+
+@lru_cache(maxsize=1024)
+def _outcome(status: int, outcome: str) -> str:
+    return f"{status}\t{outcome}"
 
 
 def _durations() -> Histogram:
@@ -112,10 +118,10 @@ class CallMetrics:
         if exchange.first_byte_at:
             series.first_token.observe(_FIRST_TOKEN, exchange.first_byte_at - exchange.started_at)
         if deployment is not None:
-            tokens = exchange.tokens()
-            series.input_tokens.observe(_TOKENS, tokens[0])
-            series.output_tokens.observe(_TOKENS, tokens[1])
-        outcome = f"{exchange.status}\t{exchange.outcome}"
+            input_tokens, output_tokens = exchange.tokens
+            series.input_tokens.observe(_TOKENS, input_tokens)
+            series.output_tokens.observe(_TOKENS, output_tokens)
+        outcome = _outcome(exchange.status, exchange.outcome)
         series.outcomes[outcome] = series.outcomes.get(outcome, 0) + 1
 
     def save(self) -> None:

@@ -23,6 +23,7 @@ from inference.upstreams.http1_errors import (
 from inference.upstreams.sse import SseRelay
 from inference.usage import usage_of
 from inference.wire import ParsedRequest, parse
+from keys.limits import QuotaPlan
 from keys.quota import Quota
 
 # An unstreamed answer is held in memory whole; images and large batches of embeddings stay below this.
@@ -54,14 +55,19 @@ class Inference:
         Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
         UpstreamUnreachable, UpstreamTimedOut, NoDeploymentAvailable, ParameterUnsupported.
         """
-        request, model = await self._admit(exchange, content_type, body)
+        request, model, plan = self._read(exchange, content_type, body)
+        output_tokens = min(request.output_tokens, model.output_tokens_max) * request.choices
+        exchange.reservation = await self._quota.reserve(
+            exchange.request_id, plan, request.prompt_tokens, output_tokens
+        )
         try:
             answer, first = await open_answer(self._policy, exchange, model, request)
         except UpstreamError as error:
             raise translated(error) from error
         return Call(exchange, request, answer, first)
 
-    async def _admit(self, exchange: Exchange, content_type: bytes, body: bytes) -> tuple[ParsedRequest, Model]:
+    def _read(self, exchange: Exchange, content_type: bytes, body: bytes) -> tuple[ParsedRequest, Model, QuotaPlan]:
+        """Return what is asked for, and the limits that hold for it, if the caller may ask for it."""
         principal = exchange.principal
         assert principal is not None
         endpoint = exchange.endpoint
@@ -73,17 +79,13 @@ class Inference:
             raise ModelNotFound(request.model)
         exchange.model = model.name
         principal.require_model(model.name)
-        output_tokens = min(request.output_tokens, model.output_tokens_max) * request.choices
-        exchange.reservation = await self._quota.reserve(
-            exchange.request_id, principal.plan_for(model.name), request.prompt_tokens, output_tokens
-        )
-        return request, model
+        return request, model, principal.plan_for(model.name)
 
     def settle(self, exchange: Exchange) -> None:
         """Give back what the call did not use, and report it. Idempotent by the reservation; never fails."""
         reservation = exchange.reservation
         if reservation is not None:
-            self._quota.settle(reservation, sum(exchange.tokens()))
+            self._quota.settle(reservation, sum(exchange.tokens))
         self._on_settled(exchange)
 
 

@@ -54,7 +54,8 @@ class Exchange:
         self.outcome = "refused"
         self.error_code: str | None = None
 
+    @property
     def tokens(self) -> tuple[int, int]:
-        """Return tokens in and out: as reported, or else as estimated and observed."""
+        """Tokens in and out: as reported, or else as estimated and observed."""
         usage = self.usage
-        return self.tokens_estimated if usage is None else (usage.input_count, usage.output_count)
+        return self.tokens_estimated if usage is None else usage.counts

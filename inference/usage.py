@@ -33,14 +33,9 @@ class TokenUsage(msgspec.Struct, frozen=True):
     completion_tokens_details: CompletionDetails | None = None
 
     @property
-    def input_count(self) -> int:
-        """Tokens that went in."""
-        return max(0, self.prompt_tokens or self.input_tokens or 0)
-
-    @property
-    def output_count(self) -> int:
-        """Tokens that came out."""
-        return max(0, self.completion_tokens or self.output_tokens or 0)
+    def counts(self) -> tuple[int, int]:
+        """Tokens that went in, and tokens that came out."""
+        return self.prompt_tokens or self.input_tokens or 0, self.completion_tokens or self.output_tokens or 0
 
 
 class _Answer(msgspec.Struct):

@@ -135,6 +135,12 @@ class HttpRequest:
         """Whether anybody may still want the body."""
         return self._body_error is None and not self.is_ended
 
+    def read_body_nowait(self, bytes_max: int) -> bytes | None:
+        """Return the body if all of it is here and not larger than *bytes_max*: then `read_body` need not be asked."""
+        if self.is_body_complete and self.body_bytes <= bytes_max and self._body_error is None and not self.is_gone:
+            return bytes(self._body)
+        return None
+
     async def read_body(self, bytes_max: int) -> bytes:
         """Return the body.
 

@@ -104,7 +104,7 @@ class TestHelp:
             assert command in ran.out
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.err.splitlines() if "|" in line}
         assert "rich_click" in imported
-        assert imported & {"sqlalchemy", "litestar", "litellm", "granian", "asyncpg", "redis", "alembic"} == set()
+        assert imported & {"sqlalchemy", "litestar", "litellm", "httptools", "asyncpg", "redis", "alembic"} == set()
 
     @pytest.mark.parametrize(
         "command", [("keys",), ("keys", "create"), ("limits", "set"), ("import", "litellm"), ("serve",)]

@@ -15,7 +15,8 @@ FROM python:3.13-slim
 RUN useradd --system --uid 10001 --create-home --home-dir /data aap
 COPY --from=build /venv /venv
 COPY --from=build /app /app
-ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 AAP_HOST=0.0.0.0 AAP_DATA_DIR=/data AAP_CONFIG=/etc/aap/aap.toml
+ENV PATH=/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 AAP_HOST=0.0.0.0 AAP_DATA_DIR=/data AAP_CONFIG=/etc/aap/aap.toml \
+    AAP_FIRST_RUN=false
 USER aap
 WORKDIR /app
 EXPOSE 8080

@@ -7,14 +7,13 @@ says why in the log: a typo must not stop a running gateway.
 from __future__ import annotations
 
 import difflib
-import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 Tables = dict[str, Any]
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, ...]
 _ABSENT: Final = (0, 0, 0)
 
 
@@ -27,22 +26,31 @@ class ConfigurationInvalid(Exception):
 
 
 class ConfigurationFile:
-    """Knows whether the file changed since it was last read. A file that is not there is empty."""
+    """Knows whether the file, or a secret that it refers to, changed since it was last read.
+
+    A file that is not there is empty.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: _Stamp | None = None
         self._looked_at: _Stamp | None = None
+        self._secrets: list[Path] = []
 
     def read(self) -> Tables:
         """Return the file's tables. Errors: ConfigurationInvalid when it is not TOML."""
-        self._seen = self._stamp()
+        # Looked at before it is read: what changes while we read is then read again.
+        stamp = _stamp_of(self.path)
+        self._seen = stamp + self._stamp()[len(stamp) :]
         try:
-            return tomllib.loads(self.path.read_text(encoding="utf-8"))
+            tables = tomllib.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise ConfigurationInvalid([f"{self.path.name}: {error}"]) from None
+        self._secrets = [Path(text.removeprefix("file:")) for text in _texts(tables) if text.startswith("file:")]
+        self._seen = stamp + self._stamp()[len(stamp) :]
+        return tables
 
     def has_changed(self) -> bool:
         """Tell whether the file is another than the one last read, and has come to rest: the same in two looks.
@@ -55,11 +63,29 @@ class ConfigurationFile:
         return is_at_rest and stamp not in (self._seen, _ABSENT)
 
     def _stamp(self) -> _Stamp:
-        try:
-            status = os.stat(self.path)  # noqa: PTH116 - the descriptor's fields are all that is wanted
-        except OSError:
-            return _ABSENT
-        return (status.st_mtime_ns, status.st_size, status.st_ino)
+        stamp = _stamp_of(self.path)
+        # Without the file itself its secrets mean nothing.
+        return stamp if stamp == _ABSENT else sum(map(_stamp_of, self._secrets), stamp)
+
+
+def _stamp_of(path: Path) -> _Stamp:
+    try:
+        status = path.stat()
+    except OSError:
+        return _ABSENT
+    return (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Return every text in *value*, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in cast("dict[str, object]", value).values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in cast("list[object]", value):
+            yield from _texts(inner)
 
 
 def unknown_names(given: Iterable[str], known: Iterable[str], where: str) -> list[str]:

@@ -126,7 +126,7 @@ class ClusterScripts:
         pipeline = self._client.pipeline()
         for call, _ in batch:
             shape = call.shape
-            keys = (call.key, *shape.keys)
+            keys = (*call.keys, *shape.keys)
             pipeline.eval(shape.script.source, len(keys), *keys, *call.arguments, *shape.fixed)
         try:
             async with asyncio.timeout(self._deadline_seconds):

@@ -45,39 +45,56 @@ class Script:
 class ScriptShape:
     """What stays the same from call to call of one script: its fixed keys and arguments, encoded once.
 
-    KEYS = the call's own key, then *keys*. ARGV = the call's own arguments (*argument_count* of them), then *fixed*.
-    All keys share one hash tag, so that they live on one node of a cluster.
+    KEYS = the call's own keys, then *keys*. ARGV = the call's own arguments, then *fixed*. All keys share one hash
+    tag, so that they live on one node of a cluster.
     """
 
-    __slots__ = ("eval_head", "evalsha_head", "fixed", "fixed_wire", "keys", "keys_wire", "own_format", "script")
+    __slots__ = ("_heads", "fixed", "fixed_wire", "keys", "keys_wire", "script")
 
-    def __init__(self, script: Script, *, keys: Sequence[bytes], argument_count: int, fixed: Sequence[bytes]) -> None:
+    def __init__(self, script: Script, *, keys: Sequence[bytes], fixed: Sequence[bytes]) -> None:
         self.script = script
         self.keys = tuple(keys)
         self.fixed = tuple(fixed)
-        key_count = len(self.keys) + 1
-        head = b"*%d\r\n" % (3 + key_count + argument_count + len(self.fixed))
-        count = bulk(b"%d" % key_count)
-        self.evalsha_head = head + bulk(b"EVALSHA") + bulk(script.digest) + count
-        self.eval_head = head + bulk(b"EVAL") + bulk(script.source) + count
         self.keys_wire = b"".join(map(bulk, self.keys))
-        self.own_format = b"$%d\r\n%b\r\n" * argument_count
         self.fixed_wire = b"".join(map(bulk, self.fixed))
+        self._heads: dict[tuple[int, int], bytes] = {}
+
+    def head(self, key_count: int, argument_count: int, *, by_source: bool = False) -> bytes:
+        """Return how a command with so many keys and arguments of its own begins."""
+        known = self._heads.get((key_count, argument_count)) if not by_source else None
+        if known is not None:
+            return known
+        keys = key_count + len(self.keys)
+        verb = (b"EVAL", self.script.source) if by_source else (b"EVALSHA", self.script.digest)
+        parts = 3 + keys + argument_count + len(self.fixed)
+        head = b"*%d\r\n%b" % (parts, b"".join(map(bulk, (*verb, b"%d" % keys))))
+        if not by_source:
+            self._heads[key_count, argument_count] = head
+        return head
 
 
 class ScriptCall(NamedTuple):
     """One call of a script."""
 
     shape: ScriptShape
-    key: bytes
+    keys: tuple[bytes, ...]
     arguments: tuple[bytes, ...]
 
-    def encode(self, head: bytes) -> bytes:
-        """Return the call as one RESP command: by digest or by source, as *head* says."""
-        shape, key, arguments = self
-        # One formatting for all of them: one for each costs twice as much.
-        own = shape.own_format % tuple(chain.from_iterable(zip(map(len, arguments), arguments, strict=True)))
-        return b"%b$%d\r\n%b\r\n%b%b%b" % (head, len(key), key, shape.keys_wire, own, shape.fixed_wire)
+    def encode(self, *, by_source: bool = False) -> bytes:
+        """Return the call as one RESP command."""
+        shape, keys, arguments = self
+        return b"%b%b%b%b%b" % (
+            shape.head(len(keys), len(arguments), by_source=by_source),
+            bulks(keys),
+            shape.keys_wire,
+            bulks(arguments),
+            shape.fixed_wire,
+        )
+
+
+def bulks(parts: tuple[bytes, ...]) -> bytes:
+    """Encode *parts* as RESP bulk strings: one formatting for all of them costs half of one for each."""
+    return b"$%d\r\n%b\r\n" * len(parts) % tuple(chain.from_iterable(zip(map(len, parts), parts, strict=True)))
 
 
 def bulk(part: bytes) -> bytes:
@@ -148,7 +165,7 @@ class _Wire(asyncio.Protocol):
     def _settle(self, waiting: _Waiting, answer: object) -> None:
         if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith("NOSCRIPT"):
             # Redis was restarted or its scripts were flushed: say the whole script once.
-            self.send(waiting.call.encode(waiting.call.shape.eval_head), waiting)
+            self.send(waiting.call.encode(by_source=True), waiting)
             return
         future = waiting.future
         if future is None:
@@ -237,7 +254,7 @@ class ScriptConnection:
         if wire is None:
             raise RedisUnavailable("Redis is down")
         deadline = self._loop.time() + self._deadline_seconds
-        wire.send(call.encode(call.shape.evalsha_head), _Waiting(call, future, deadline))
+        wire.send(call.encode(), _Waiting(call, future, deadline))
 
     def _judge(self) -> None:
         # When our own loop was busy for longer than the deadline, answers lie unread in the socket: read them first.

@@ -56,6 +56,7 @@ class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True):
     header_seconds_max: float
     trusted_proxies: tuple[Network, ...]
     metrics_token: str | None
+    metrics_access: Literal["loopback", "token"]
 
 
 class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_url: str | None
     redis_url: str | None
     peppers: tuple[Pepper, ...]
+    first_run: bool
     edge: EdgeSettings
     log: LogSettings
 
@@ -116,6 +118,15 @@ def load(environ: Mapping[str, str]) -> Settings:
         header_seconds_max=read("AAP_HEADER_SECONDS_MAX", 10.0, _seconds),
         trusted_proxies=read("AAP_TRUSTED_PROXIES", (), _networks),
         metrics_token=read("AAP_METRICS_TOKEN", None, _optional),
+        # A proxy on the same machine makes everybody a local caller: fine for trying out, not where it is for real.
+        metrics_access=cast(
+            "Literal['loopback', 'token']",
+            read(
+                "AAP_METRICS_ACCESS",
+                "token" if environ.get("DATABASE_URL") else "loopback",
+                _one_of("loopback", "token"),
+            ),
+        ),
     )
     log = LogSettings(
         format=cast(
@@ -131,6 +142,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
         redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
         peppers=read("AAP_KEY_PEPPERS", (), _peppers),
+        first_run=read("AAP_FIRST_RUN", default=True, parse=_boolean),
         edge=edge,
         log=log,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -32,7 +33,9 @@ from gateway.routes import health, metrics, models
 from gateway.routes.dependencies import provide_principal, provide_runtime
 from gateway.routes.openapi import describe_hot_routes
 from gateway.runtime import Runtime
+from keys.secrets import redact
 
+_FIXED_HEADERS: Final = ((b"openai-version", b"2020-10-01"), (b"x-content-type-options", b"nosniff"))
 _BODY_BYTES_MAX: Final = 1024 * 1024
 _log = structlog.get_logger(__name__)
 
@@ -43,7 +46,7 @@ class Application:
     def __init__(self, runtime: Runtime) -> None:
         self._hot = runtime.hot
         self._endpoints = runtime.hot.endpoints
-        self._site = _with_request_id(create_site(runtime))
+        self._site = _governed(create_site(runtime))
 
     def dispatch(self, request: HttpRequest) -> Coroutine[Any, Any, None]:
         """Return the coroutine that answers *request*."""
@@ -77,18 +80,36 @@ def create_site(runtime: Runtime) -> Litestar:
     return site
 
 
-def _with_request_id(site: ASGIApp) -> ASGIApp:
+def _governed(site: ASGIApp) -> ASGIApp:
+    """Give every answer of *site* its id and OpenAI's headers, and every call of the API its line in the log."""
+
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        started_at = time.perf_counter()
         request_id = new_id("req")
         scope["state"]["request_id"] = request_id
-        header = (b"x-request-id", request_id.encode())
+        status = 0
 
-        async def send_with_id(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], header]
+                status = message["status"]
+                elapsed_ms = (time.perf_counter() - started_at) * 1000
+                own = [(b"x-request-id", request_id.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+                message["headers"] = [*message["headers"], *own, *_FIXED_HEADERS]
             await send(message)
 
-        await site(scope, receive, send_with_id)
+        await site(scope, receive, send_with_headers)
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            duration_ms = round((time.perf_counter() - started_at) * 1000, 3)
+            route = redact(scope["path"])[:200]
+            _log.info(
+                "request.ended",
+                request_id=request_id,
+                method=scope["method"],
+                path=route,
+                status=status,
+                duration_ms=duration_ms,
+            )
 
     return application
 

@@ -51,6 +51,8 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> tuple[Catalog, DefaultL
         catalog = build(tables, environ)
     except ConfigurationInvalid as error:
         raise ConfigurationInvalid(problems + error.problems) from None
+    # A limit on a model that is not there would hold for nobody, and be missed by somebody.
+    problems += unknown_names(limits.model, catalog.models, "limits.model.")
     if problems:
         raise ConfigurationInvalid(problems)
     return catalog, limits

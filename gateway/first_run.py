@@ -26,15 +26,18 @@ class FirstKey(msgspec.Struct, frozen=True):
         return "FirstKey()"
 
 
-async def prepare(database_url: str, pepper: Pepper) -> FirstKey | None:
-    """Migrate; make the first tenant if there is none. Returns its key, None when there was one already."""
+async def prepare(database_url: str, pepper: Pepper, *, makes_tenant: bool = True) -> FirstKey | None:
+    """Migrate; make the first tenant if there is none. Returns its key, None when there was one already.
+
+    Without *makes_tenant* nobody is made: where the output is kept as a log, a key must not be printed.
+    """
     database = Database(database_url, connections_max=1)
     try:
         await upgrade(database)
         async with database.transaction() as session:
             # Several machines may start on one empty database at once.
             await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-            if await list_organizations(session):
+            if not makes_tenant or await list_organizations(session):
                 return None
             organization = await create_organization(session, "Default organization")
             project = await create_project(session, "Default project", organization_id=organization.id)

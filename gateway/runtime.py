@@ -36,7 +36,7 @@ from inference.upstreams.openai_http import OpenAIHttp
 from inference.upstreams.via_litellm import ViaLitellm
 from keys import usage_marks
 from keys.authenticate import Authenticator
-from keys.limits import QUOTA_SCRIPT
+from keys.limits import QUOTA_SCRIPTS
 from keys.local_quota import LocalQuota
 from keys.quota import Quota
 from keys.revocation import KeyFeed
@@ -156,7 +156,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
     assert settings.database_url is not None
     assert settings.redis_url is not None
     database = Database(settings.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
-    scripts = scripts_for(settings.redis_url, (QUOTA_SCRIPT,))
+    scripts = scripts_for(settings.redis_url, QUOTA_SCRIPTS)
     feed = KeyFeed(GatewayId(new_id("gw")), database, settings.redis_url)
     await scripts.start()
     runtime = Runtime(settings, log, database=database, scripts=scripts, feed=feed)
@@ -170,6 +170,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         await asyncio.gather(housekeeping, return_exceptions=True)
         await runtime.live.close()
         await runtime.flush_marks()
+        runtime.quota.flush()
         runtime.request_log.flush()
         runtime.metrics.save()
         await _close_all(runtime)

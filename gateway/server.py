@@ -18,6 +18,7 @@ import uvloop
 from core.log_writer import LogWriter
 from core.settings import Settings, load
 from core.telemetry import configure_logs
+from gateway import lifeline
 from gateway.app import Application
 from gateway.http1.listener import Listener
 from gateway.runtime import Runtime, running
@@ -33,6 +34,7 @@ async def serve(settings: Settings, log: LogWriter) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    lifeline.watch(stop)
     async with running(settings, log) as runtime:
         listener = runtime.listener = Listener(Application(runtime).dispatch, settings.edge)
         _relax_garbage_collection()

@@ -19,7 +19,9 @@ from core import embedded
 from core.settings import EdgeSettings, Settings
 from gateway.catalog_file import CatalogFile
 from gateway.first_run import FirstKey, prepare
+from gateway.lifeline import Lifeline
 from gateway.metrics import clear
+from inference.upstreams.http1_proxies import ProxySettings
 
 _READY_SECONDS_MAX: Final = 30.0
 # Beyond the drain: interrupted streams get to say so, embedded parts close.
@@ -29,7 +31,7 @@ _RESTART_PAUSE_SECONDS_MAX: Final = 10.0
 _STOPPING: Final = {int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGHUP)}
 _LOOK_SECONDS: Final = 1.0
 _log = structlog.get_logger(__name__)
-Welcome = Callable[[FirstKey | None, CatalogFile], None]
+Welcome = Callable[[FirstKey | None, CatalogFile | None], None]
 
 
 class PortTaken(Exception):
@@ -43,16 +45,25 @@ class ProcessFailed(Exception):
 def serve(settings: Settings, *, with_worker: bool, welcome: Welcome) -> None:
     """Run until SIGTERM or SIGINT; *welcome* is called once when calls can be answered.
 
-    Errors: EmbeddedUnavailable, PortTaken, ProcessFailed, ConfigurationInvalid, and the driver's when a store is down.
+    A first key that was made for a start that then fails is told as well, without a catalog: it is never shown again.
+    Errors: ProxyInvalid, EmbeddedUnavailable, PortTaken, ProcessFailed, ConfigurationInvalid, and the driver's when a
+    store is down.
     """
     _require_free_port(settings.edge)
+    # Every process reads them; better said once and here.
+    ProxySettings.from_environ(os.environ)
     catalog_file = CatalogFile(settings.config_path, os.environ)
     with _Signals() as signals, embedded.stores(settings) as stores:
-        first_key = asyncio.run(prepare(stores.database_url, stores.peppers[0]))
+        first_key = asyncio.run(prepare(stores.database_url, stores.peppers[0], makes_tenant=settings.first_run))
         clear(settings.data_dir / "metrics")
-        family = _Family(_environment(stores), settings, with_worker=with_worker)
+        family = _Family(_environment(stores, settings), settings, with_worker=with_worker)
         try:
-            family.start()
+            try:
+                family.start()
+            except BaseException:
+                if first_key is not None:
+                    welcome(first_key, None)
+                raise
             welcome(first_key, catalog_file)
             while not signals.wait(_LOOK_SECONDS) & _STOPPING:
                 stores.revive()
@@ -91,8 +102,9 @@ class _Signals:
 
 
 class _Process:
-    def __init__(self, module: str, environment: Mapping[str, str]) -> None:
+    def __init__(self, module: str, environment: Mapping[str, str], lifeline: Lifeline) -> None:
         self.module = module
+        self._lifeline = lifeline
         self.restarts = 0
         self.due_at = 0.0
         self._environment = environment
@@ -105,8 +117,8 @@ class _Process:
         try:
             return subprocess.Popen(  # noqa: S603 - our own module
                 [sys.executable, "-m", self.module],
-                env={**self._environment, "AAP_READY_FD": str(told)},
-                pass_fds=(told,),
+                env={**self._environment, **self._lifeline.environ(), "AAP_READY_FD": str(told)},
+                pass_fds=(told, self._lifeline.inherited),
                 stdin=subprocess.DEVNULL,
                 # A session of its own: Ctrl-C reaches the supervisor, which stops everybody in order.
                 start_new_session=True,
@@ -122,19 +134,25 @@ class _Family:
         self._environment = environment
         self._settings = settings
         self._with_worker = with_worker
+        self._lifeline = Lifeline()
         self._processes: list[_Process] = []
 
     def start(self) -> None:
         """Start every process; return when each API process has opened the port. Errors: ProcessFailed."""
-        api = [_Process("gateway.server", self._environment) for _ in range(self._settings.edge.workers)]
+        api = [
+            _Process("gateway.server", self._environment, self._lifeline) for _ in range(self._settings.edge.workers)
+        ]
         self._processes += api
         if self._with_worker:
-            self._processes.append(_Process("gateway.worker", self._environment))
+            self._processes.append(_Process("gateway.worker", self._environment, self._lifeline))
         deadline = time.monotonic() + _READY_SECONDS_MAX
         for process in api:
             readable, _, _ = select.select([process.ready], [], [], max(0.0, deadline - time.monotonic()))
             if not readable or not os.read(process.ready, 1):
                 raise ProcessFailed("an API process did not become ready; see the log above")
+
+    def _process(self, module: str) -> _Process:
+        return _Process(module, self._environment, self._lifeline)
 
     def restart_dead(self) -> None:
         """Start again what has ended, after a pause that grows with each time it fails soon."""
@@ -168,13 +186,14 @@ class _Family:
             process.running.wait()
 
 
-def _environment(stores: embedded.Stores) -> dict[str, str]:
+def _environment(stores: embedded.Stores, settings: Settings) -> dict[str, str]:
     peppers = ",".join(f"{pepper.id}:{pepper.key.hex()}" for pepper in stores.peppers)
     return {
         **os.environ,
         "DATABASE_URL": stores.database_url,
         "REDIS_URL": stores.redis_url,
         "AAP_KEY_PEPPERS": peppers,
+        "AAP_METRICS_ACCESS": settings.edge.metrics_access,
     }
 
 

@@ -17,34 +17,40 @@ from core.database import DOWN, Database
 from core.redis import connect
 from core.settings import Settings, load
 from core.telemetry import configure_logs
+from gateway import lifeline
 from keys.quota_pruning import prune_buckets
 from keys.secrets import redact
 
 _PRUNE_SECONDS: Final = 3_600.0
+_RETRY_SECONDS: Final = 30.0
 # A gateway reads changes every two seconds; a week leaves room for looking into what happened.
 _CHANGES_KEPT: Final = timedelta(days=7)
 _log = structlog.get_logger(__name__)
 
 
 async def work(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT. A store down: tried again with the next round."""
+    """Work until SIGTERM or SIGINT. A store down: tried again half a minute later."""
     assert settings.database_url is not None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+    lifeline.watch(stop)
     assert settings.redis_url is not None
     database = Database(settings.database_url, connections_max=2)
     redis = connect(settings.redis_url)
     _log.info("worker.started")
     while not stop.is_set():
+        pause_seconds = _PRUNE_SECONDS
         try:
             await prune_key_changes(database)
             await prune_buckets(redis)
         except (*DOWN, RedisError) as error:
+            # Often a store, or a schema, that is only just coming up.
+            pause_seconds = _RETRY_SECONDS
             _log.warning("worker.round_failed", error=type(error).__name__)
         try:
-            async with asyncio.timeout(_PRUNE_SECONDS):
+            async with asyncio.timeout(pause_seconds):
                 await stop.wait()
         except TimeoutError:
             continue

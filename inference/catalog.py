@@ -5,12 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
 
 from core.configuration import ConfigurationInvalid, Tables, resolve_secret, unknown_names
-from inference.upstreams.http1_messages import Deadlines, parse_base_url
+from inference.upstreams.http1_messages import Deadlines, is_accept_encoding, parse_base_url
 
 ProviderKind = Literal["openai", "litellm", "demo"]
 OPENAI_BASE_URL: Final = "https://api.openai.com/v1"
@@ -19,14 +19,18 @@ _MODEL_CREATED: Final = 1_700_000_000
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+TokenCount = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+
+
 class DeadlineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How long each part of a call may take. The defaults let a reasoning model think, and a dead provider not."""
 
-    connect_seconds: float = 5.0
+    connect_seconds: Seconds = 5.0
     # OpenAI's own client waits 600 s between reads; shorter, so that the caller hears of it from us.
-    first_byte_seconds: float = 300.0
-    idle_seconds: float = 120.0
-    total_seconds: float = 1_800.0
+    first_byte_seconds: Seconds = 300.0
+    idle_seconds: Seconds = 120.0
+    total_seconds: Seconds = 1_800.0
 
     def as_deadlines(self) -> Deadlines:
         """Return the deadlines in the upstreams' form."""
@@ -34,7 +38,7 @@ class DeadlineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 
 class ProviderSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `[providers.NAME]` table. *api_key* may be `env:NAME` or `file:PATH`; the file then holds no secret."""
+    """One `[providers.NAME]` table. Its texts may be `env:NAME` or `file:PATH`; the table then holds no secret."""
 
     kind: ProviderKind
     base_url: str | None = None
@@ -64,7 +68,7 @@ class ModelSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     deployments: list[DeploymentSettings]
     aliases: list[str] = []
     # The most that one answer can have: bounds what a call without `max_tokens` reserves.
-    output_tokens_max: int = 128_000
+    output_tokens_max: TokenCount = 128_000
     created: int = _MODEL_CREATED
     owned_by: str = "system"
 
@@ -171,6 +175,15 @@ def _resolved(name: str, settings: ProviderSettings, environ: Mapping[str, str],
     api_key = None
     try:
         api_key = resolve_secret(settings.api_key, environ) if settings.api_key else None
+        settings = msgspec.structs.replace(
+            settings,
+            headers={header: resolve_secret(value, environ) for header, value in settings.headers.items()},
+            options={
+                option: resolve_secret(value, environ) if isinstance(value, str) else value
+                for option, value in settings.options.items()
+            },
+        )
+        problems += [f"providers.{name}.headers: {problem}" for problem in _header_problems(settings.headers)]
         if settings.base_url is not None:
             settings = msgspec.structs.replace(settings, base_url=resolve_secret(settings.base_url, environ))
             parse_base_url(settings.base_url or "")
@@ -181,6 +194,18 @@ def _resolved(name: str, settings: ProviderSettings, environ: Mapping[str, str],
     except ValueError as error:
         problems.append(f"providers.{name}: {error}")
     return Provider(name=name, settings=settings, api_key=api_key)
+
+
+def _header_problems(headers: Mapping[str, str]) -> Iterator[str]:
+    for header, value in headers.items():
+        try:
+            is_accept_encoding(header.encode())
+        except ValueError as error:
+            yield f"{header!r}: {error}"
+        if header.lower() == "content-type":
+            yield "'content-type' is the request's own; leave it out"
+        if not value.isprintable() or not value.isascii():
+            yield f"the value of {header!r} holds characters that no header can carry"
 
 
 def _assemble(providers: Mapping[str, Provider], models: Mapping[str, ModelSettings], problems: list[str]) -> Catalog:

@@ -28,6 +28,8 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = (
 # of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
 LIMIT_MAX: Final = 10**11
 QUOTA_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
+SETTLE_SCRIPT: Final = Script(files("keys").joinpath("settle.lua").read_text())
+QUOTA_SCRIPTS: Final = (QUOTA_SCRIPT, SETTLE_SCRIPT)
 # A crashed gateway's slots come back after this long; a living one renews after a third of it.
 LEASE_SECONDS: Final = 60
 
@@ -94,7 +96,7 @@ class ScopedLimits(msgspec.Struct, frozen=True):
 
 
 class QuotaPlan:
-    """All limits that hold for one key on one model, encoded for keys/quota.lua once and used for every call."""
+    """All limits that hold for one key on one model, encoded for the Lua scripts once and used for every call."""
 
     __slots__ = (
         "denial",
@@ -103,6 +105,7 @@ class QuotaPlan:
         "organization_id",
         "record_prefix",
         "scopes",
+        "settle_shape",
         "shape",
         "tokens_max",
         "tokens_scope",
@@ -116,7 +119,7 @@ class QuotaPlan:
         # All keys of one organization share a hash tag, so that they live on one node of a cluster.
         tag = b"q:{%b}:" % organization_id.encode()
         self.record_prefix = tag + b"r:"
-        self.shape = _shape(tag, self.scopes, self.names)
+        self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names)
         smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
         self.tokens_max, self.tokens_scope = smallest
         # Set by the quota while a limit of requests is known to be exhausted.
@@ -144,20 +147,16 @@ class QuotaPlan:
         )
 
 
-def _shape(tag: bytes, scopes: list[ScopedLimits], names: list[str]) -> ScriptShape:
+def _shapes(tag: bytes, scopes: list[ScopedLimits], names: list[str]) -> tuple[ScriptShape, ScriptShape]:
     limited = [
         name for scoped, name in zip(scopes, names, strict=True) if scoped.limits.concurrent_requests is not None
     ]
     numbers = [-1 if value is None else value for scoped in scopes for value in scoped.limits.as_tuple()]
-    return ScriptShape(
-        QUOTA_SCRIPT,
-        keys=[tag + b"buckets", *(tag + b"leases:" + name.encode() for name in limited)],
-        argument_count=3,
-        fixed=[
-            b"%d" % (LEASE_SECONDS * 1000),
-            struct.pack(f"<{len(numbers)}d", *numbers),
-            *(name.encode() for name in names),
-        ],
+    keys = [tag + b"buckets", *(tag + b"leases:" + name.encode() for name in limited)]
+    fixed = [struct.pack(f"<{len(numbers)}d", *numbers), *(name.encode() for name in names)]
+    lease_ms = b"%d" % (LEASE_SECONDS * 1000)
+    return ScriptShape(QUOTA_SCRIPT, keys=keys, fixed=[lease_ms, *fixed]), ScriptShape(
+        SETTLE_SCRIPT, keys=keys, fixed=fixed
     )
 
 

@@ -1,9 +1,9 @@
--- Reserve, settle or renew the quota of one call, all or nothing, on Redis's own clock. Whole numbers only.
+-- Reserve or renew the quota of one call, all or nothing, on Redis's own clock. Whole numbers only. keys/settle.lua
+-- gives it back.
 --
 -- KEYS[1]  this request's reservation    KEYS[2]  the organization's buckets: one hash, a field per scope
 -- KEYS[3…] lease sets of those scopes that limit concurrency, in the order of the scopes
--- ARGV[1]  act: reserve | settle | renew    ARGV[2]  request id
--- ARGV[3]  reserve: tokens wanted; settle: tokens used (-1: as reserved); renew: unused
+-- ARGV[1]  act: reserve | renew    ARGV[2]  request id    ARGV[3]  reserve: tokens wanted; renew: unused
 -- ARGV[4]  lease in ms    ARGV[5]  five limits a scope as little-endian doubles (-1: none):
 --          requests a minute, requests a day, tokens a minute, tokens a day, concurrent requests
 -- ARGV[6…] the scopes' fields in the hash
@@ -28,28 +28,6 @@ local function refilled(level, limit, full, elapsed)
   return level + limit * elapsed
 end
 
-if act == 'settle' then
-  local record = call('GETDEL', KEYS[1])
-  if not record then return {0} end
-  for k = 3, #KEYS do call('ZREM', KEYS[k], id) end
-  local refund = amount >= 0 and unpack_('<d', record) - amount or 0
-  if refund == 0 or scopes == 0 then return {1} end
-  local had = call('HMGET', KEYS[2], unpack(ARGV, 6))
-  local set = {}
-  for s = 1, scopes do
-    if had[s] then
-      local _, _, minute, day = unpack_('<dddd', packed, s * 40 - 39)
-      local m, d, rm, rd, tm, td = unpack_(BUCKET, had[s])
-      if minute >= 0 and tm > NEVER then tm = min(minute * MINUTE, tm + refund * MINUTE) end
-      if day >= 0 and td > NEVER then td = min(day * DAY, td + refund * DAY) end
-      set[#set + 1] = ARGV[5 + s]
-      set[#set + 1] = pack(BUCKET, m, d, rm, rd, tm, td)
-    end
-  end
-  if #set > 0 then call('HSET', KEYS[2], unpack(set)) end
-  return {1}
-end
-
 local time = call('TIME')
 local now_s = tonumber(time[1])
 local now_ms = now_s * 1000 + floor(tonumber(time[2]) / 1000)
@@ -65,6 +43,7 @@ end
 -- Pass 1: refill and check everything; write nothing.
 local had = scopes > 0 and call('HMGET', KEYS[2], unpack(ARGV, 6)) or {}
 local blocked, wait_ms, blocked_limit, set = 0, 0, 0, {}
+local is_expiry_due = false
 
 -- Return the tightest limit of requests and of tokens for the caller's headers (limit, remaining, ms until full), after
 -- taking *requests* and *tokens* from every bucket; note what blocks, and what would be written.
@@ -76,6 +55,7 @@ local function look(requests, tokens)
     local first = (s - 1) * 5
     local m, d, rm, rd, tm, td = now_ms, now_s, NEVER, NEVER, NEVER, NEVER
     if had[s] then m, d, rm, rd, tm, td = unpack_(BUCKET, had[s]) end
+    if not had[s] or floor(d / 3600) < floor(now_s / 3600) then is_expiry_due = true end
     -- Time is only ever moved on, never back: a clock that was set back refills nothing twice.
     local elapsed_ms, elapsed_s = max(now_ms - m, 0), max(now_s - d, 0)
     m, d = max(now_ms, m), max(now_s, d)
@@ -162,8 +142,8 @@ end
 -- Pass 2: write everything.
 if scopes > 0 then
   call('HSET', KEYS[2], unpack(set))
-  -- What nobody touched for two days is full, but for deep debts: those are forgiven then.
-  call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS)
+  -- What nobody touched for two days is full, but for deep debts: those are forgiven then. Said again once an hour.
+  if is_expiry_due then call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS) end
 end
 for k = 3, leases - 1 do
   call('ZADD', KEYS[k], now_ms + lease_ms, id)

@@ -1,4 +1,4 @@
-"""Rate limits: reserve what a call may use, settle what it did use. One script call each, exact across processes.
+"""Rate limits: reserve what a call may use, settle what it did use. By script, exact across processes.
 
 When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
 together stay near the limit; a settlement that cannot be sent is sent when Redis is back (100,000 of them
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Final
 
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
 from keys.errors import RateLimitReached, RequestTooLarge
 from keys.limits import DIMENSIONS, QuotaPlan, Window
 from keys.local_quota import LocalQuota
+
+# Lua takes some thousands of values at a time; this many keep one command short for the others.
+_SETTLED_AT_ONCE: Final = 128
 
 
 class Reservation:
@@ -39,6 +43,7 @@ class Quota:
     def __init__(self, scripts: Scripts, local: LocalQuota) -> None:
         self._scripts = scripts
         self._local = local
+        self._settling: dict[QuotaPlan, list[tuple[bytes, int]]] = {}
         self.local_decisions = 0
 
     async def reserve(self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int) -> Reservation:
@@ -59,6 +64,8 @@ class Quota:
             return reservation
         if plan.denied_until_seconds:
             _deny_again(plan)
+        if self._settling:
+            self.flush()  # in order: what was given back before this call came is there for it
         try:
             answer = self._scripts.run(_call(reservation, b"reserve", tokens))
         except RedisUnavailable:
@@ -92,7 +99,17 @@ class Quota:
         if not reservation.plan.scopes or not reservation.was_sent:
             return
         # Also after a local decision: Redis may have run a reservation whose answer came too late.
-        self._scripts.deliver(_call(reservation, b"settle", -1 if tokens_used is None else tokens_used))
+        if not self._settling:
+            asyncio.get_running_loop().call_soon(self.flush)
+        settled = (reservation.request_id.encode(), -1 if tokens_used is None else tokens_used)
+        self._settling.setdefault(reservation.plan, []).append(settled)
+
+    def flush(self) -> None:
+        """Send what was settled in this tick of the event loop: the calls of one plan in one command."""
+        settling, self._settling = self._settling, {}
+        for plan, settled in settling.items():
+            for start in range(0, len(settled), _SETTLED_AT_ONCE):
+                self._scripts.deliver(_settlement(plan, settled[start : start + _SETTLED_AT_ONCE]))
 
     def renew(self, reservations: list[Reservation]) -> None:
         """Keep the concurrency slots of calls that are still running. Redis down: done when it is back."""
@@ -138,7 +155,15 @@ def _deny_again(plan: QuotaPlan) -> None:
 def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
     plan = reservation.plan
     request_id = reservation.request_id.encode()
-    return ScriptCall(plan.shape, plan.record_prefix + request_id, (act, request_id, b"%d" % amount))
+    return ScriptCall(plan.shape, (plan.record_prefix + request_id,), (act, request_id, b"%d" % amount))
+
+
+def _settlement(plan: QuotaPlan, settled: list[tuple[bytes, int]]) -> ScriptCall:
+    keys = tuple([plan.record_prefix + request_id for request_id, _ in settled])
+    arguments = [b"%d" % len(settled)]
+    for request_id, used in settled:
+        arguments += (request_id, b"%d" % used)
+    return ScriptCall(plan.settle_shape, keys, tuple(arguments))
 
 
 def _window(reply: Reply, start: int) -> Window | None:

@@ -44,6 +44,7 @@ def serve_command(
 ) -> None:
     """Run the gateway: stores, schema, API processes, worker. Ctrl-C drains and stops it; twice, at once."""
     from gateway.supervisor import PortTaken, ProcessFailed, serve  # noqa: PLC0415 - not for `--help`
+    from inference.upstreams.http1_proxies import ProxyInvalid  # noqa: PLC0415
 
     options = {"host": host, "port": port, "workers": workers, "data_dir": data_dir}
     settings = _with_options(read_settings(), options)
@@ -52,7 +53,7 @@ def serve_command(
         serve(settings, with_worker=not no_worker, welcome=lambda key, catalog: _welcome(settings, key, catalog))
     except PortTaken as error:
         fail(f"{error}. Choose another with --port.")
-    except (EmbeddedUnavailable, ProcessFailed) as error:
+    except (EmbeddedUnavailable, ProcessFailed, ProxyInvalid) as error:
         fail(str(error))
     except ConfigurationInvalid as error:
         fail(f"{settings.config_path.name} is not valid:\n  " + "\n  ".join(error.problems))
@@ -60,7 +61,10 @@ def serve_command(
         fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
 
 
-def _welcome(settings: Settings, first_key: FirstKey | None, catalog_file: CatalogFile) -> None:
+def _welcome(settings: Settings, first_key: FirstKey | None, catalog_file: CatalogFile | None) -> None:
+    if catalog_file is None:
+        click.echo(f"\n  API key    {first_key.secret if first_key else ''}   (shown this once; the start failed)\n")
+        return
     edge = settings.edge
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(edge.host, edge.host)  # noqa: S104 - shown, not listened on
     host = f"[{host}]" if ":" in host else host

@@ -15,6 +15,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 DEFAULT_PROXY_PORT = 80
 
 
+class ProxyInvalid(ValueError):
+    """A proxy variable that cannot be used; the text names it, without its value."""
+
+
 class Proxy(msgspec.Struct, frozen=True):
     """An HTTP proxy, spoken to in plain TCP. Its credentials do not show in `repr`."""
 
@@ -59,7 +63,7 @@ class ProxySettings(msgspec.Struct, frozen=True):
 
         NO_PROXY holds names (each with its subdomains, with or without a leading "." or "*."), addresses, networks in
         CIDR notation, each perhaps with ":port", separated by commas or spaces; "*" turns proxies off.
-        Errors: ValueError naming the variable, without its value.
+        Errors: ProxyInvalid naming the variable, without its value.
         """
 
         def read(name: str) -> str:
@@ -68,14 +72,17 @@ class ProxySettings(msgspec.Struct, frozen=True):
         def proxy_of(name: str) -> Proxy | None:
             return parse_proxy(name, read(name)) if read(name) else None
 
-        fallback = proxy_of("ALL_PROXY")
-        entries = [entry for entry in re.split(r"[\s,]+", read("NO_PROXY")) if entry]
-        return cls(
-            http=proxy_of("HTTP_PROXY") or fallback,
-            https=proxy_of("HTTPS_PROXY") or fallback,
-            exemptions=tuple(parse_exemption(entry) for entry in entries if entry != "*"),
-            is_off="*" in entries,
-        )
+        try:
+            fallback = proxy_of("ALL_PROXY")
+            entries = [entry for entry in re.split(r"[\s,]+", read("NO_PROXY")) if entry]
+            return cls(
+                http=proxy_of("HTTP_PROXY") or fallback,
+                https=proxy_of("HTTPS_PROXY") or fallback,
+                exemptions=tuple(parse_exemption(entry) for entry in entries if entry != "*"),
+                is_off="*" in entries,
+            )
+        except ValueError as error:
+            raise ProxyInvalid(str(error)) from None
 
     def proxy_for(self, origin: Origin) -> Proxy | None:
         """Return the proxy to reach *origin* by, or None for a direct connection."""

@@ -53,6 +53,7 @@ class Gateway:
             "AAP_CONFIG": str(self.config_path),
             "AAP_DATA_DIR": str(directory),
             "AAP_DRAIN_SECONDS": "2",
+            "AAP_METRICS_ACCESS": "loopback",
             **environ,
         }
         self.processes: list[subprocess.Popen[bytes]] = []

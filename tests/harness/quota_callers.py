@@ -17,7 +17,7 @@ from core.clock import SystemClock
 from core.ids import OrganizationId, new_id
 from core.redis import scripts_for
 from keys.errors import RateLimitReached
-from keys.limits import QUOTA_SCRIPT, QuotaPlan, RateLimits, ScopedLimits
+from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota
 
@@ -42,7 +42,7 @@ class Result(msgspec.Struct):
 
 
 async def run(job: Job) -> Result:
-    scripts = scripts_for(job.redis_url, (QUOTA_SCRIPT,), deadline_seconds=30)
+    scripts = scripts_for(job.redis_url, QUOTA_SCRIPTS, deadline_seconds=30)
     await scripts.start()
     quota = Quota(scripts, LocalQuota(SystemClock(), lambda: 1))
     result = Result([], [], 0, 0)

@@ -9,7 +9,7 @@ import pytest
 
 from core.clock import SystemClock
 from core.redis import Scripts, scripts_for
-from keys.limits import QUOTA_SCRIPT
+from keys.limits import QUOTA_SCRIPTS
 from keys.local_quota import LocalQuota
 from keys.quota import Quota
 from tests.harness.stores import TestStores
@@ -19,7 +19,7 @@ IS_FULL = os.environ.get("AAP_TEST_SCALE") == "full"
 
 @pytest.fixture(scope="session")
 async def scripts(stores: TestStores) -> AsyncIterator[Scripts]:
-    made = scripts_for(stores.redis_url, (QUOTA_SCRIPT,), deadline_seconds=30)
+    made = scripts_for(stores.redis_url, QUOTA_SCRIPTS, deadline_seconds=30)
     await made.start()
     yield made
     await made.close()

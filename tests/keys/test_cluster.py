@@ -16,7 +16,7 @@ from core.ids import GatewayId, KeyId, OrganizationId, new_id
 from core.redis import Scripts, connect, scripts_for
 from keys.errors import RateLimitReached
 from keys.lifecycle import revoke_key
-from keys.limits import QUOTA_SCRIPT, QuotaPlan, RateLimits, ScopedLimits
+from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota
 from keys.revocation import KeyChange, KeyFeed, announce
@@ -40,7 +40,7 @@ async def cluster() -> AsyncIterator[RedisCluster]:
 
 @pytest.fixture
 async def scripts(cluster: RedisCluster) -> AsyncIterator[Scripts]:
-    made = scripts_for(cluster.url, (QUOTA_SCRIPT,), deadline_seconds=2)
+    made = scripts_for(cluster.url, QUOTA_SCRIPTS, deadline_seconds=2)
     await made.start()
     yield made
     await made.close()
@@ -131,7 +131,7 @@ async def test_a_change_is_announced_heard_and_acknowledged(
 async def test_a_killed_node_means_local_limits_until_it_is_back(cluster: RedisCluster, database: Database) -> None:
     """Guarantee: without a node its organizations fall back to this process's share, soon and without hanging; and
     everything is exact again when it returns."""
-    scripts = scripts_for(cluster.url, (QUOTA_SCRIPT,), deadline_seconds=0.5)
+    scripts = scripts_for(cluster.url, QUOTA_SCRIPTS, deadline_seconds=0.5)
     await scripts.start()
     quota = quota_on(scripts)
     feed = KeyFeed(GatewayId("gw_left"), database, cluster.url)

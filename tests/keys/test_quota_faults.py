@@ -16,7 +16,7 @@ from core.ids import OrganizationId, new_id
 from core.redis import Scripts, scripts_for
 from core.resp import RedisUnavailable, Script, ScriptCall, ScriptShape
 from keys.errors import RateLimitReached, RequestTooLarge
-from keys.limits import QUOTA_SCRIPT, LimitScope, QuotaPlan, RateLimits, ScopedLimits
+from keys.limits import QUOTA_SCRIPTS, LimitScope, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation
 from tests.harness.eventually import eventually, moment
@@ -69,7 +69,7 @@ class TestSizes:
         assert again.tokens_window.remaining == 0
 
     async def test_without_limits_redis_is_not_asked(self) -> None:
-        down = scripts_for("unix:///nowhere/redis.sock", (QUOTA_SCRIPT,))
+        down = scripts_for("unix:///nowhere/redis.sock", QUOTA_SCRIPTS)
         quota = Quota(down, local_quota())
         reservation = await quota.reserve(new_id("req"), plan_of(), 10**9, 10**9)
         quota.settle(reservation, 5)
@@ -104,7 +104,7 @@ class TestDenialCache:
 class TestRedisDown:
     async def test_limits_hold_at_this_processs_share_and_are_exact_again_on_recovery(self, workdir: Path) -> None:
         async with private_redis(workdir) as server:
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=1)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=1)
             await scripts.start()
             quota = Quota(scripts, local_quota(4))
             plan = plan_of(requests_per_minute=40)
@@ -123,7 +123,7 @@ class TestRedisDown:
 
     async def test_a_settlement_without_redis_is_kept(self, workdir: Path) -> None:
         async with private_redis(workdir) as server:
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=1)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=1)
             await scripts.start()
             quota = Quota(scripts, local_quota())
             reservation = await quota.reserve(
@@ -134,6 +134,7 @@ class TestRedisDown:
             quota.settle(reservation, 10)
             quota.settle(reservation, 10)
             quota.renew([reservation])
+            quota.flush()
             assert len(scripts.undelivered) == 1
             await scripts.close()
 
@@ -156,7 +157,7 @@ class TestRedisDown:
         async with private_redis(workdir) as server:
             client = Redis.from_url(server.url)
             await client.config_set("appendfsync", "always")
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=5)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=5)
             await scripts.start()
             quota = Quota(scripts, local_quota())
             plan = plan_of(tokens_per_day=1_000, concurrent_requests=5)
@@ -180,7 +181,7 @@ class TestRedisDown:
 class TestRedisPaused:
     async def test_calls_fail_at_the_deadline_and_at_once_afterwards(self, workdir: Path) -> None:
         async with private_redis(workdir) as server:
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=0.2)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=0.2)
             await scripts.start()
             quota = Quota(scripts, local_quota())
             plan = plan_of(requests_per_minute=100)
@@ -202,7 +203,7 @@ class TestRedisPaused:
     async def test_a_late_answer_is_never_taken_for_another_calls(self, workdir: Path) -> None:
         """Guarantee: every caller gets the answer to its own call, or none."""
         async with private_redis(workdir) as server:
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=0.3)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=0.3)
             await scripts.start()
             got = answered = 0
             for turn in range(4):
@@ -233,7 +234,7 @@ class TestRedisPaused:
         async with private_redis(workdir) as server:
             client = Redis.from_url(server.url)
             # Refused locally: a share of one request, taken. Granted by Redis: the limit is 40.
-            scripts = scripts_for(server.url, (QUOTA_SCRIPT,), deadline_seconds=0.4)
+            scripts = scripts_for(server.url, QUOTA_SCRIPTS, deadline_seconds=0.4)
             await scripts.start()
             local = local_quota(40)
             quota = Quota(scripts, local)
@@ -320,17 +321,17 @@ def answered_all(scripts: Any) -> bool:
 
 
 _ECHO = Script("return {tonumber(ARGV[1])}")
-_ECHO_SHAPE = ScriptShape(_ECHO, keys=[], argument_count=1, fixed=[])
+_ECHO_SHAPE = ScriptShape(_ECHO, keys=[], fixed=[])
 
 
 async def echo(scripts: Scripts, number: int) -> list[int]:
-    return await scripts.run(ScriptCall(_ECHO_SHAPE, b"echo", (b"%d" % number,)))
+    return await scripts.run(ScriptCall(_ECHO_SHAPE, (b"echo",), (b"%d" % number,)))
 
 
 class TestConnection:
     async def test_a_refused_command_fails_only_itself(self, scripts: Scripts) -> None:
-        broken = ScriptShape(Script("return redis.call('NO SUCH COMMAND')"), keys=[], argument_count=1, fixed=[])
-        calls = [scripts.run(ScriptCall(broken, b"x", (b"1",))), echo(scripts, 5)]
+        broken = ScriptShape(Script("return redis.call('NO SUCH COMMAND')"), keys=[], fixed=[])
+        calls = [scripts.run(ScriptCall(broken, (b"x",), (b"1",))), echo(scripts, 5)]
         first, second = await asyncio.gather(*calls, return_exceptions=True)
         assert isinstance(first, RedisUnavailable)
         assert second == [5]
@@ -339,8 +340,8 @@ class TestConnection:
         async with private_redis(workdir) as server:
             client = Redis.from_url(server.url)
             await client.config_set("requirepass", "right")
-            wrong = scripts_for(server.url.replace("unix://", "unix://:wrong@"), (QUOTA_SCRIPT,))
-            right = scripts_for(server.url.replace("unix://", "unix://:right@"), (QUOTA_SCRIPT,), deadline_seconds=5)
+            wrong = scripts_for(server.url.replace("unix://", "unix://:wrong@"), QUOTA_SCRIPTS)
+            right = scripts_for(server.url.replace("unix://", "unix://:right@"), QUOTA_SCRIPTS, deadline_seconds=5)
             for one in (wrong, right):
                 await one.start()
             assert (wrong.is_up, right.is_up) == (False, True)
@@ -353,7 +354,7 @@ class TestConnection:
 
     async def test_a_paused_server_is_found_again_when_it_comes_back_elsewhere(self, workdir: Path) -> None:
         server = PrivateRedis(workdir / "r")
-        scripts = scripts_for(f"unix://{workdir}/r/redis.sock", (QUOTA_SCRIPT,), deadline_seconds=1)
+        scripts = scripts_for(f"unix://{workdir}/r/redis.sock", QUOTA_SCRIPTS, deadline_seconds=1)
         await scripts.start()
         assert not scripts.is_up
         await server.start()

@@ -223,19 +223,36 @@ async def test_a_slot_is_free_when_its_lease_ends_and_not_before_and_renewing_mo
     assert (await subject.reserve("req_2", 0)).blocking is None
 
 
-async def test_a_bucket_that_is_used_does_not_expire(quota: Quota, redis: Redis) -> None:
-    """Guarantee: nothing that is still in use is forgotten, whenever within the hour it is used."""
-    organization_id = OrganizationId(new_id("org"))
-    plan = QuotaPlan(organization_id, [ScopedLimits("key", "k", RateLimits(tokens_per_day=100, concurrent_requests=5))])
-    await quota.reserve(new_id("req"), plan, 10, 0)
-    stored = await cast("Any", redis).keys(f"*{organization_id}*")
-    assert len(stored) >= 3
-    for key in stored:
-        await redis.pexpire(key, 60_000)
-    await quota.reserve(new_id("req"), plan, 10, 0)
-    left_ms = [await redis.pttl(key) for key in stored if b":r:" not in key]
-    assert left_ms
-    assert all(one > LEASE_MS for one in left_ms)
+async def test_a_bucket_that_is_used_does_not_expire(timed: TimedScripts, redis: Redis) -> None:
+    """Guarantee: nothing that is still in use is forgotten: within an hour of use it is kept for two days more."""
+    subject = Subject(timed, redis, [RateLimits(tokens_per_day=100, concurrent_requests=5)])
+    buckets = f"q:{{{subject.organization_id}}}:buckets"
+    leases = f"q:{{{subject.organization_id}}}:leases:{subject.plan.names[0]}"
+    await subject.advance(0)
+    await subject.reserve("req_1", 10)
+    for hour in range(2, 4):
+        assert await redis.pttl(buckets) > 47 * 3_600_000
+        assert await redis.pttl(leases) > LEASE_MS
+        await redis.pexpire(buckets, 60_000)
+        await redis.pexpire(leases, 60_000)
+        await subject.advance(3_600_000)
+        await subject.reserve(f"req_{hour}", 10)
+    assert await redis.pttl(buckets) > 47 * 3_600_000
+    assert await redis.pttl(leases) > LEASE_MS
+
+
+async def test_calls_that_end_together_are_settled_together(timed: TimedScripts, redis: Redis) -> None:
+    """Guarantee: one command for many calls gives back to each what one command for each would."""
+    subject = Subject(timed, redis, [RateLimits(tokens_per_minute=100_000, concurrent_requests=400)] * 2)
+    await subject.advance(0)
+    for number in range(300):
+        await subject.reserve(f"req_{number}", 100)
+    for number in range(300):
+        subject.settle(f"req_{number}", (number * 7) % 250 if number % 3 else None)
+        if number % 50 == 0:
+            subject.settle(f"req_{number}", 1)
+    await subject.reserve("req_after", 1)
+    assert await redis.zcard(f"q:{{{subject.organization_id}}}:leases:{subject.plan.names[0]}") == 1
 
 
 @pytest.mark.parametrize("limit", [1, 7, 10**6, LIMIT_MAX - 1, LIMIT_MAX])

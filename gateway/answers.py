@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from inference.exchange import Exchange
-from keys.limits import Window
 
 # One formatting per answer: building a list of pairs and joining it costs three times as much.
 _HEAD: Final = (
@@ -33,17 +32,19 @@ def answer_lines(exchange: Exchange, content_type: bytes) -> bytes:
     reservation = exchange.reservation
     if reservation is None:
         return lines
-    lines += limit_lines(reservation.requests, reservation.tokens_window)
+    lines += limit_lines(reservation.shown)
     return lines + b"x-quota-mode: local\r\n" if reservation.is_local else lines
 
 
-def limit_lines(requests: Window | None, tokens: Window | None) -> bytes:
-    """Return the `x-ratelimit-*` headers for the limits that hold."""
+def limit_lines(shown: Sequence[int] | None) -> bytes:
+    """Return the `x-ratelimit-*` headers for the limits that hold; *shown* is what the quota's script said of them."""
+    if shown is None:
+        return b""
     lines = b""
-    if requests is not None:
-        lines = _REQUESTS % (requests.limit, requests.remaining, go_duration(requests.reset_ms))
-    if tokens is not None:
-        lines += _TOKENS % (tokens.limit, tokens.remaining, go_duration(tokens.reset_ms))
+    if shown[0] >= 0:
+        lines = _REQUESTS % (shown[0], shown[1], go_duration(shown[2]))
+    if shown[3] >= 0:
+        lines += _TOKENS % (shown[3], shown[4], go_duration(shown[5]))
     return lines
 
 

@@ -81,10 +81,13 @@ class HotRoutes:
         if request.method != b"POST":
             raise MethodNotAllowed("POST")
         exchange = run.exchange
-        principal = await self._authenticator.authenticate(
-            credential_in(request.headers),
-            lambda: client_address(request.peer_address, request.headers, self._settings.trusted_proxies),
-        )
+        credential = credential_in(request.headers)
+        principal = self._authenticator.recall(credential) if credential else None
+        if principal is None:
+            principal = await self._authenticator.authenticate(
+                credential,
+                lambda: client_address(request.peer_address, request.headers, self._settings.trusted_proxies),
+            )
         exchange.principal = principal
         content_type = _content_type(request.found, exchange.endpoint)
         if not self._admission.enter_nowait():

@@ -103,7 +103,7 @@ class Run:
             exchange.status = status_of(error)
             lines = answer_lines(exchange, _JSON) + header_lines(headers_of(error))
             if isinstance(error, RateLimitReached):
-                lines += limit_lines(error.requests, error.tokens)
+                lines += limit_lines(error.shown)
             request.respond(exchange.status, lines, body_of(error))
         elif exchange.is_stream:
             # Never a `[DONE]` behind an error: it would say that the answer is whole.

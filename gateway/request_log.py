@@ -82,13 +82,13 @@ def _tokens(exchange: Exchange) -> str:
 
 def _more(exchange: Exchange) -> str:
     """Return what most calls do not have."""
-    more = ""
+    more = _field("error_code", exchange.error_code) if exchange.error_code else ""
     if exchange.is_stream:
-        more = ',"stream":true'
+        more += ',"stream":true'
         if exchange.first_byte_at:
             more += f',"first_byte_ms":{(exchange.first_byte_at - exchange.started_at) * 1000:.3f}'
     if exchange.attempts > 1:
         more += f',"attempts":{exchange.attempts}'
     if exchange.reservation is not None and exchange.reservation.is_local:
         more += ',"quota_mode":"local"'
-    return more + _field("error_code", exchange.error_code)
+    return more

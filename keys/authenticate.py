@@ -82,17 +82,23 @@ class Authenticator:
         """
         if not token:
             raise KeyMissing
-        digest = hashlib.blake2b(token, key=self._cache_key, digest_size=32).digest()
-        entry = self._entries.get(digest)
-        now = time.time()
-        if entry is not None and self._is_feed_live() and now - entry.loaded_at < _AGE_SECONDS_MAX:
-            principal = entry.principal
-        else:
-            principal = await self._find(token, digest, address, is_known=entry is not None)
-        if principal.usable_until_seconds <= now:
+        principal = self.recall(token) or await self._find(token, address)
+        if principal.usable_until_seconds <= time.time():
             raise KeyIncorrect(secrets.hint(token.decode("latin-1")), "It has expired or has been revoked.")
         if principal.grants.ip_networks is not None:
             principal.require_address(address())
+        self.last_used[principal.key_id] = time.time()
+        return principal
+
+    def recall(self, token: bytes) -> Principal | None:
+        """Return who holds *token* if that is known and certain here and now; None says to ask `authenticate`."""
+        entry = self._entries.get(self._digest(token))
+        now = time.time()
+        if entry is None or not self._is_feed_live() or now - entry.loaded_at >= _AGE_SECONDS_MAX:
+            return None
+        principal = entry.principal
+        if principal.usable_until_seconds <= now or principal.grants.ip_networks is not None:
+            return None
         self.last_used[principal.key_id] = now
         return principal
 
@@ -113,13 +119,20 @@ class Authenticator:
         self._by_key.clear()
         self._unknown.clear()
 
-    async def _find(self, token: bytes, digest: bytes, address: Callable[[], str], *, is_known: bool) -> Principal:
+    def _digest(self, token: bytes) -> bytes:
+        return hashlib.blake2b(token, key=self._cache_key, digest_size=32).digest()
+
+    async def _find(self, token: bytes, address: Callable[[], str]) -> Principal:
+        digest = self._digest(token)
+        entry = self._entries.get(digest)
+        if entry is not None and self._is_feed_live() and time.time() - entry.loaded_at < _AGE_SECONDS_MAX:
+            return entry.principal
         text = token.decode("latin-1")
         hint = secrets.hint(text)
         if not secrets.is_well_formed(text):
             raise KeyIncorrect(hint)
         origin = address()
-        if not is_known:
+        if entry is None:
             # A key that was right a moment ago is no guess, whatever others at its address send.
             self._failures.require_room(origin)
         unknown_until = self._unknown.get(digest, 0.0)

@@ -23,8 +23,6 @@ AppError
 
 from __future__ import annotations
 
-from typing import Any
-
 from core.errors import Conflict, Forbidden, Invalid, NotFound, RateLimited, Unauthenticated, Unavailable
 
 
@@ -118,16 +116,15 @@ class RateLimitReached(RateLimited):
         self.scope = scope
         self.dimension = dimension
         self.limit = limit
-        # For the caller's headers (keys.limits.Window); None where no such limit holds.
-        self.requests: Any = None
-        self.tokens: Any = None
+        self.shown: list[int] | None = None
+        """The tightest limits, for the caller's headers: see `keys.limits.window_of`."""
 
     def again(self, retry_after_seconds: float) -> RateLimitReached:
         """Return the same denial with the wait that is left."""
         error = RateLimitReached(
             scope=self.scope, dimension=self.dimension, limit=self.limit, retry_after_seconds=retry_after_seconds
         )
-        error.requests, error.tokens = self.requests, self.tokens
+        error.shown = self.shown
         return error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Final, Literal
 
@@ -85,6 +86,13 @@ class Window(msgspec.Struct, frozen=True, gc=False):
     limit: int
     remaining: int
     reset_ms: int
+
+
+def window_of(shown: Sequence[int] | None, start: int) -> Window | None:
+    """Return what six numbers of the script's answer say of requests (from 0) or of tokens (from 3)."""
+    if shown is None or shown[start] < 0:
+        return None
+    return Window(shown[start], shown[start + 1], shown[start + 2])
 
 
 class ScopedLimits(msgspec.Struct, frozen=True):

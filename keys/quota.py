@@ -14,7 +14,7 @@ from typing import Final
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
 from keys.errors import RateLimitReached, RequestTooLarge
-from keys.limits import DIMENSIONS, QuotaPlan, Window
+from keys.limits import DIMENSIONS, QuotaPlan, Window, window_of
 from keys.local_quota import LocalQuota
 
 # Lua takes some thousands of values at a time; this many keep one command short for the others.
@@ -24,17 +24,27 @@ _SETTLED_AT_ONCE: Final = 128
 class Reservation:
     """What was set aside for one call. Given back by `settle`, once, however the call ends."""
 
-    __slots__ = ("is_local", "is_settled", "plan", "request_id", "requests", "tokens", "tokens_window", "was_sent")
+    __slots__ = ("is_local", "is_settled", "plan", "request_id", "shown", "tokens", "was_sent")
 
     def __init__(self, request_id: str, plan: QuotaPlan, tokens: int) -> None:
         self.request_id = request_id
         self.plan = plan
         self.tokens = tokens
-        self.requests: Window | None = None
-        self.tokens_window: Window | None = None
+        self.shown: Reply | None = None
+        """The tightest limit of requests and of tokens, for the caller: see `keys.limits.window_of`."""
         self.is_local = False
         self.is_settled = False
         self.was_sent = True
+
+    @property
+    def requests(self) -> Window | None:
+        """The tightest limit of requests; None where none holds, or nobody could be asked."""
+        return window_of(self.shown, 0)
+
+    @property
+    def tokens_window(self) -> Window | None:
+        """The tightest limit of tokens; None as above."""
+        return window_of(self.shown, 3)
 
 
 class Quota:
@@ -82,8 +92,7 @@ class Quota:
             raise
         if not reply[0]:
             raise _denied(plan, reply)
-        reservation.requests = _window(reply, 4)
-        reservation.tokens_window = _window(reply, 7)
+        reservation.shown = reply[4:]
         return reservation
 
     def settle(self, reservation: Reservation, tokens_used: int | None) -> None:
@@ -136,7 +145,7 @@ def _denied(plan: QuotaPlan, reply: Reply) -> RateLimitReached:
     error = RateLimitReached(
         scope=plan.scopes[index // 5].scope, dimension=dimension, limit=reply[3], retry_after_seconds=wait_seconds
     )
-    error.requests, error.tokens = _window(reply, 4), _window(reply, 7)
+    error.shown = reply[4:]
     if dimension.startswith("requests"):
         # Requests are never given back: until the refill nothing can be admitted, and Redis need not be asked.
         plan.denied_until_seconds = time.monotonic() + wait_seconds
@@ -164,7 +173,3 @@ def _settlement(plan: QuotaPlan, settled: list[tuple[bytes, int]]) -> ScriptCall
     for request_id, used in settled:
         arguments += (request_id, b"%d" % used)
     return ScriptCall(plan.settle_shape, keys, tuple(arguments))
-
-
-def _window(reply: Reply, start: int) -> Window | None:
-    return Window(reply[start], reply[start + 1], reply[start + 2]) if reply[start] >= 0 else None

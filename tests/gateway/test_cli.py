@@ -244,7 +244,7 @@ class TestTenantsAndKeys:
 class TestLimits:
     async def test_they_are_set_replaced_and_shown_beside_the_defaults(self, aap: Cli) -> None:
         (aap.directory / "aap.toml").write_text(
-            "[limits.key]\ntokens_per_day = 77\n[limits.model.m]\nrequests_per_day = 9\n"
+            "[limits.key]\ntokens_per_day = 77\n[limits.model.demo]\nrequests_per_day = 9\n"
         )
         [organization] = (await aap("orgs", "create", "A", "--json")).json()
         await aap("limits", "set", "organization", "--requests-per-minute", "5", "--tokens-per-day", "9")
@@ -255,7 +255,7 @@ class TestLimits:
         assert shown["organization", organization["id"]]["requests_per_minute"] == 6
         assert shown["model", "m"]["concurrent_requests"] == 3
         assert shown["default key", "*"]["tokens_per_day"] == 77
-        assert shown["default model", "m"]["requests_per_day"] == 9
+        assert shown["default model", "demo"]["requests_per_day"] == 9
         assert "77" in (await aap("limits", "show")).out
 
     @pytest.mark.parametrize("target", [("project", "proj_nope"), ("key", "key_nope"), ("organization", "org_nope")])

@@ -88,7 +88,7 @@ class TestDenialCache:
         assert first.value.retry_after_seconds is not None
         assert second.value.retry_after_seconds is not None
         assert second.value.retry_after_seconds <= first.value.retry_after_seconds <= 60
-        assert second.value.requests == first.value.requests
+        assert second.value.shown == first.value.shown
         assert await quota.reserve(new_id("req"), fresh(plan), 0, 0)
 
     @pytest.mark.parametrize("limits", [{"tokens_per_minute": 100}, {"concurrent_requests": 1}])

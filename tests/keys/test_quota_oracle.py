@@ -14,7 +14,7 @@ from core.clock import SystemClock
 from core.ids import OrganizationId, new_id
 from core.redis import Scripts
 from keys.errors import RateLimitReached
-from keys.limits import LEASE_SECONDS, LIMIT_MAX, LimitScope, QuotaPlan, RateLimits, ScopedLimits
+from keys.limits import LEASE_SECONDS, LIMIT_MAX, LimitScope, QuotaPlan, RateLimits, ScopedLimits, window_of
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation
 from tests.harness.quota_oracle import Answer, Oracle, TimedScripts
@@ -91,7 +91,7 @@ class Subject:
         except RateLimitReached as error:
             wait_seconds = error.retry_after_seconds or 0
             blocking = (error.scope, error.dimension, error.limit, wait_seconds)
-            answer = Answer(blocking, error.requests, error.tokens)
+            answer = Answer(blocking, window_of(error.shown, 0), window_of(error.shown, 3))
             self.wait_ms = round(wait_seconds * 1_000)
             assert await self.dump() == before
         assert answer == expected

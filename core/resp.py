@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any, Final, NamedTuple, cast
 
 import hiredis
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import SSLConnection, parse_url
 
 Reply = list[int]
 UNDELIVERED_MAX: Final = 100_000
@@ -324,7 +324,7 @@ class ScriptConnection:
                 lambda: _Wire(self._lost, self.undelivered), options["path"]
             )
             return wire
-        context = ssl.create_default_context() if self._url.startswith("rediss") else None
+        context = _tls(options) if self._url.startswith("rediss") else None
         _, wire = await self._loop.create_connection(
             lambda: _Wire(self._lost, self.undelivered),
             options.get("host", "localhost"),
@@ -339,6 +339,12 @@ class ScriptConnection:
         wire.send(encoded, _Waiting(None, future, self._loop.time() + 1))
         async with asyncio.timeout(max(0.5, self._deadline_seconds * 2)):
             await future
+
+
+def _tls(options: dict[str, Any]) -> ssl.SSLContext:
+    """Return the context that redis-py makes of a URL's `ssl_…` options: one address, one meaning."""
+    settings = {name: value for name, value in options.items() if name != "connection_class"}
+    return cast("Any", SSLConnection)(**settings).ssl_context.get()
 
 
 def _greeting(options: dict[str, Any]) -> list[tuple[bytes, ...]]:

@@ -107,17 +107,21 @@ class Runtime:
             self.request_log.write(exchange, duration_seconds)
 
     def _sample(self) -> tuple[dict[str, float], dict[str, float]]:
+        server = self.listener.state if self.listener is not None else None
         counters = {
             "aap_quota_local_decisions": float(self.quota.local_decisions),
             "aap_admission_refused": float(self.admission.refused),
             "aap_log_dropped_writes": float(self.log.dropped),
             "aap_upstream_requests_on_reused_connections": float(self.client.requests_reused),
             "aap_upstream_stale_retries": float(self.client.requests_retried_stale),
+            "aap_http_refused": float(server.refused if server else 0),
         }
         gauges = {
             "aap_requests_in_flight": float(self.admission.running),
             "aap_requests_queued": float(self.admission.queued),
             "aap_streams_open": float(self.live.streams),
+            "aap_connections_open": float(len(server.connections) if server else 0),
+            "aap_request_bodies_bytes": float(server.bodies_bytes if server else 0),
             "aap_event_loop_lag_seconds": self.live.lag_seconds,
             "aap_key_feed_live": float(self.feed.is_live()),
             "aap_quota_undelivered_settlements": float(len(self.scripts.undelivered)),

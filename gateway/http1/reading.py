@@ -115,6 +115,12 @@ class RequestReader:
             elif receiving.length is None:
                 self._bound_framing(receiving, len(data), body_bytes_before)
 
+    def _is_head_too_large(self) -> bool:
+        """Tell it of a head that came in several slices: its last one was not counted yet."""
+        if not self._head_bytes:
+            return False
+        return len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers) > HEAD_BYTES_MAX
+
     def _throw_away(self, size_bytes: int) -> None:
         """Read over what nobody wants, up to a bound."""
         self._thrown_away_bytes += size_bytes
@@ -156,7 +162,7 @@ class RequestReader:
         request = HttpRequest(self._receiver, parser.get_method(), self._target, self._headers)
         request.is_http10 = version == "1.0"
         request.closes = not parser.should_keep_alive() or parser.should_upgrade()
-        error = read_framing(request, version)
+        error = HeadTooLarge() if self._is_head_too_large() else read_framing(request, version)
         if error is not None:
             self.receiving = None
             self._receiver.refuse(error)

@@ -26,41 +26,13 @@ from inference.upstreams.connections import ConnectionLimits, OriginPool, closed
 from inference.upstreams.http1_connection import ConnectionCounters, Http1Connection
 from inference.upstreams.http1_dial import Route
 from inference.upstreams.http1_errors import (
-    BodyTooLarge,
-    ConnectFailed,
     ConnectionLost,
     ConnectTimedOut,
-    FirstByteTimedOut,
-    IdleTimedOut,
-    ProtocolViolated,
     TotalTimedOut,
-    UpstreamError,
 )
-from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest, encode_head, parse_base_url
-from inference.upstreams.http1_proxies import Proxy, ProxySettings
+from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest, encode_head
+from inference.upstreams.http1_proxies import ProxySettings
 from inference.upstreams.http1_response import Http1Response
-
-# The one door of this package: the modules behind it are split by size and may move.
-__all__ = [
-    "BodyTooLarge",
-    "ConnectFailed",
-    "ConnectTimedOut",
-    "ConnectionLimits",
-    "ConnectionLost",
-    "Deadlines",
-    "FirstByteTimedOut",
-    "Http1Client",
-    "Http1Response",
-    "IdleTimedOut",
-    "Origin",
-    "ProtocolViolated",
-    "Proxy",
-    "ProxySettings",
-    "TotalTimedOut",
-    "UpstreamError",
-    "UpstreamRequest",
-    "parse_base_url",
-]
 
 
 class Http1Client:

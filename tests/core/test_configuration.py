@@ -82,6 +82,22 @@ class TestReload:
         assert times_taken_over(catalog_file) == 1
         assert list(catalog_file.catalog.models) == ["two"]
 
+    def test_a_secret_that_the_file_refers_to_is_watched_too(self, tmp_path: Path) -> None:
+        """Guarantee: rotating a provider's key in its file takes effect like editing aap.toml."""
+        secret = tmp_path / "key"
+        secret.write_text("sk-1")
+        path = tmp_path / "aap.toml"
+        path.write_text(
+            f'[providers.p]\nkind = "openai"\nbase_url = "https://p.test/v1"\napi_key = "file:{secret}"\n'
+            '[models.m]\ndeployments = [{ provider = "p", model = "m" }]\n'
+        )
+        watched = CatalogFile(path, {})
+        assert watched.catalog.providers["p"].api_key == "sk-1"
+        assert not watched.reload_if_changed()
+        secret.write_text("sk-22")
+        assert [watched.reload_if_changed() for _ in range(3)] == [False, True, False]
+        assert watched.catalog.providers["p"].api_key == "sk-22"
+
     def test_a_file_that_comes_is_a_change_and_one_that_goes_is_not(self, tmp_path: Path) -> None:
         path = tmp_path / "aap.toml"
         catalog_file = CatalogFile(path, {})
@@ -133,6 +149,10 @@ class TestProblems:
             "limits.key.tokens_per_day",
         ):
             assert expected in text
+
+    def test_a_limit_on_a_model_that_is_not_there_is_a_problem(self) -> None:
+        with pytest.raises(ConfigurationInvalid, match=r"limits\.model\.dmeo: unknown, did you mean demo\?"):
+            parse({"limits": {"model": {"dmeo": {"requests_per_minute": 5}}}}, {})
 
     def test_a_name_like_nothing_gets_no_suggestion(self) -> None:
         assert unknown_names(["zzz", "known"], ["known"], "at.") == ["at.zzz: unknown"]

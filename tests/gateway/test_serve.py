@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from tests.harness.eventually import eventually
 from tests.harness.gateway import ROOT, free_port
 from tests.harness.raw import call, chat, post
 
@@ -104,6 +105,39 @@ async def test_a_process_that_dies_is_started_again(workdir: Path) -> None:
         except (ConnectionError, asyncio.IncompleteReadError):
             await asyncio.wait([asyncio.ensure_future(asyncio.Event().wait())], timeout=0.05)
     assert answered.status == 200
+    assert await serving.stop() == 0
+
+
+async def test_nothing_outlives_a_supervisor_that_is_killed(workdir: Path) -> None:
+    """Guarantee: `kill -9` of `aap serve` ends its processes too; the next start finds port and data free."""
+    serving = await serve(workdir)
+    ours = [pid for pid, line in await children(serving.process.pid) if "-m gateway." in line]
+    assert len(ours) == 3
+    serving.process.kill()
+    await serving.process.wait()
+    await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours), 15)
+    again = await serve(workdir)
+    assert (await call(again.port, post("/v1/chat/completions", serving.key, chat("demo")))).status == 200
+    assert await again.stop() == 0
+
+
+@pytest.mark.parametrize("value", ["socks5://proxy.test:1080", "http://[bad"])
+async def test_a_proxy_that_cannot_be_used_is_said_so_before_anything_starts(workdir: Path, value: str) -> None:
+    process = await command(workdir, "serve", "--port", str(free_port()), ALL_PROXY=value)
+    _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert b"ALL_PROXY" in errors
+    assert value.encode() not in errors
+    assert b"Traceback" not in errors
+    assert not (workdir / "data").exists()
+
+
+async def test_where_output_is_a_log_no_first_key_is_made(workdir: Path) -> None:
+    serving = await serve(workdir, AAP_FIRST_RUN="false")
+    assert serving.key is None
+    listed = await command(workdir, "orgs", "list", "--json")
+    out, _ = await listed.communicate()
+    assert msgspec.json.decode(out) == []
     assert await serving.stop() == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -64,8 +65,9 @@ async def spoken(port: int, data: bytes) -> bytes:
 
 def statuses(said: bytes) -> list[int]:
     """The status of every answer in *said*, in order; an interim `100 Continue` is none."""
-    lines = [line for line in said.split(b"\r\n") if line.startswith(b"HTTP/1.") and b" 100 " not in line]
-    return [int(line.split(b" ")[1]) for line in lines]
+    # Anywhere: an answer begins where the body before it ends, which need not be a line's end.
+    found = re.findall(rb"HTTP/1\.[01] (\d{3}) ", said)
+    return [int(status) for status in found if status != b"100"]
 
 
 def assert_clear_error(got: RawAnswer) -> dict[str, object]:

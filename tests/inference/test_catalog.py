@@ -91,6 +91,12 @@ class TestModels:
             (provider, provider.settings, deployment, catalog.models["m"], inline, inline.settings)
         )
 
+    def test_headers_and_options_may_be_references(self) -> None:
+        table = {**PROVIDER, "headers": {"x-team": "env:TEAM"}, "options": {"api_version": "env:VERSION", "n": 1}}
+        provider = build({"providers": {"q": table}}, {"KEY": SECRET, "TEAM": "a", "VERSION": "v1"}).providers["q"]
+        assert provider.settings.headers == {"x-team": "a"}
+        assert provider.settings.options == {"api_version": "v1", "n": 1}
+
 
 @pytest.mark.parametrize(
     ("change", "expected"),
@@ -100,6 +106,19 @@ class TestModels:
         ({"providers": {"p": {**PROVIDER, "base_url": "ftp://x"}}}, "http://"),
         ({"providers": {"p": {**PROVIDER, "api_key": "env:NONE"}}}, "NONE is not set"),
         ({"providers": {"p": {**PROVIDER, "api_key": "a\nb"}}}, "no header can carry"),
+        ({"providers": {"p": {**PROVIDER, "headers": {"a b": "x"}}}}, "not an HTTP token"),
+        ({"providers": {"p": {**PROVIDER, "headers": {"Host": "x"}}}}, "the HTTP client's own"),
+        ({"providers": {"p": {**PROVIDER, "headers": {"Content-Type": "x"}}}}, "content-type"),
+        ({"providers": {"p": {**PROVIDER, "headers": {"x": "a\r\nb: c"}}}}, "no header can carry"),
+        ({"providers": {"p": {**PROVIDER, "headers": {"x": "env:NONE"}}}}, "NONE is not set"),
+        ({"providers": {"p": {**PROVIDER, "options": {"x": "env:NONE"}}}}, "NONE is not set"),
+        ({"providers": {"p": {**PROVIDER, "deadlines": {"idle_seconds": 0}}}}, "providers.p"),
+        ({"providers": {"p": {**PROVIDER, "deadlines": {"total_seconds": float("nan")}}}}, "providers.p"),
+        ({"providers": {"p": {**PROVIDER, "deadlines": {"connect_seconds": float("inf")}}}}, "providers.p"),
+        (
+            {"models": {"m": {"deployments": [{"provider": "p", "model": "x"}], "output_tokens_max": 0}}},
+            "models.m",
+        ),
         ({"providers": []}, "providers: expected tables"),
         ({"models": {"m": 1}}, "models.m"),
         ({"models": {"m": {"deployments": []}}}, "at least one deployment"),

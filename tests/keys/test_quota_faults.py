@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,10 +20,12 @@ from keys.errors import RateLimitReached, RequestTooLarge
 from keys.limits import QUOTA_SCRIPTS, LimitScope, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation
+from tests.harness.authority import Authority
 from tests.harness.eventually import eventually, moment
 from tests.harness.private_stores import PrivateRedis, private_redis
 from tests.harness.quota_oracle import fresh
 from tests.harness.quota_view import leases, records
+from tests.harness.stores import TestStores
 
 
 def plan_of(**limits: int) -> QuotaPlan:
@@ -328,6 +331,13 @@ async def echo(scripts: Scripts, number: int) -> list[int]:
     return await scripts.run(ScriptCall(_ECHO_SHAPE, (b"echo",), (b"%d" % number,)))
 
 
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+    writer.close()
+
+
 class TestConnection:
     async def test_a_refused_command_fails_only_itself(self, scripts: Scripts) -> None:
         broken = ScriptShape(Script("return redis.call('NO SUCH COMMAND')"), keys=[], fixed=[])
@@ -351,6 +361,27 @@ class TestConnection:
             for one in (wrong, right):
                 await one.close()
             await client.aclose()
+
+    async def test_the_tls_options_of_the_address_hold(self, workdir: Path, redis: Redis, stores: TestStores) -> None:
+        """Guarantee: `rediss://` verifies, against the roots that the address names."""
+        authority = Authority(workdir)
+        socket_path = stores.redis_url.removeprefix("unix://").partition("?")[0]
+
+        async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            inner_reader, inner_writer = await asyncio.open_unix_connection(socket_path)
+            await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+
+        server = await asyncio.start_server(pass_on, "127.0.0.1", 0, ssl=authority.server_context("127.0.0.1"))
+        address = f"rediss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        trusting = scripts_for(f"{address}?ssl_ca_certs={authority.path}", QUOTA_SCRIPTS, deadline_seconds=5)
+        doubting = scripts_for(address, QUOTA_SCRIPTS)
+        for one in (trusting, doubting):
+            await one.start()
+        assert (trusting.is_up, doubting.is_up) == (True, False)
+        assert await echo(trusting, 7) == [7]
+        for one in (trusting, doubting):
+            await one.close()
+        server.close()
 
     async def test_a_paused_server_is_found_again_when_it_comes_back_elsewhere(self, workdir: Path) -> None:
         server = PrivateRedis(workdir / "r")

@@ -6,19 +6,17 @@ import ssl
 
 import pytest
 
-from inference.upstreams.http1 import (
+from inference.upstreams.connections import ConnectionLimits
+from inference.upstreams.http1_connection import Http1Connection
+from inference.upstreams.http1_errors import (
     ConnectFailed,
-    ConnectionLimits,
     ConnectionLost,
     ConnectTimedOut,
-    Deadlines,
     FirstByteTimedOut,
-    Origin,
     ProtocolViolated,
     TotalTimedOut,
-    UpstreamRequest,
 )
-from inference.upstreams.http1_connection import Http1Connection
+from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
 
 from .conftest import DEADLINES, OK, OK_HEAD, exchange, listening, only_connection, open_client, until
 

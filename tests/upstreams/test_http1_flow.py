@@ -5,16 +5,16 @@ import tracemalloc
 
 import pytest
 
-from inference.upstreams.http1 import (
+from inference.upstreams.connections import ConnectionLimits
+from inference.upstreams.http1_connection import WRITE_SLICE_BYTES
+from inference.upstreams.http1_errors import (
     BodyTooLarge,
-    ConnectionLimits,
     ConnectionLost,
-    Deadlines,
     FirstByteTimedOut,
     IdleTimedOut,
     TotalTimedOut,
 )
-from inference.upstreams.http1_connection import WRITE_SLICE_BYTES
+from inference.upstreams.http1_messages import Deadlines
 
 from .conftest import DEADLINES, OK, OK_HEAD, only_connection, open_client, until
 

@@ -7,7 +7,9 @@ import socket
 
 import pytest
 
-from inference.upstreams.http1 import ConnectFailed, ConnectTimedOut, Deadlines, Origin, Proxy, ProxySettings
+from inference.upstreams.http1_errors import ConnectFailed, ConnectTimedOut
+from inference.upstreams.http1_messages import Deadlines, Origin
+from inference.upstreams.http1_proxies import Proxy, ProxySettings
 
 from .conftest import DEADLINES, OK, listening, open_client
 

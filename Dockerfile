@@ -22,7 +22,7 @@ WORKDIR /app
 EXPOSE 8080
 # 127.0.0.1: a readiness that the outside cannot reach would be no use, and one that only the outside reaches neither.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import socket; s = socket.create_connection(('127.0.0.1', 8080), 2); s.sendall(b'GET /readyz HTTP/1.1\\r\\nhost: localhost\\r\\nconnection: close\\r\\n\\r\\n'); raise SystemExit(b' 200 ' not in s.recv(64))"]
+    CMD ["python", "-c", "import os, socket; s = socket.create_connection(('127.0.0.1', int(os.environ.get('AAP_PORT') or 8080)), 2); s.sendall(b'GET /readyz HTTP/1.1\\r\\nhost: localhost\\r\\nconnection: close\\r\\n\\r\\n'); raise SystemExit(b' 200 ' not in s.recv(64))"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["aap"]
 CMD ["serve", "--no-worker"]

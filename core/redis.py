@@ -73,7 +73,7 @@ class ClusterScripts:
         self._deadline_seconds = deadline_seconds
         self._waiting: list[tuple[ScriptCall, asyncio.Future[Reply] | None]] = []
         self._loop = asyncio.get_running_loop()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._runner: asyncio.Task[None] | None = None
         self._is_up = False
         self.undelivered: deque[ScriptCall] = deque(maxlen=UNDELIVERED_MAX)
         self._probe: asyncio.Task[None] | None = None
@@ -92,7 +92,8 @@ class ClusterScripts:
         """Close every connection."""
         if self._probe is not None:
             self._probe.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._runner is not None:
+            await asyncio.gather(self._runner, return_exceptions=True)
         await self._client.aclose()
 
     def run(self, call: ScriptCall) -> asyncio.Future[Reply]:
@@ -111,15 +112,18 @@ class ClusterScripts:
     def _enqueue(self, call: ScriptCall, future: asyncio.Future[Reply] | None) -> None:
         if not self._is_up:
             raise RedisUnavailable("Redis is down")
-        if not self._waiting:
-            self._loop.call_soon(self._flush)
         self._waiting.append((call, future))
+        if self._runner is None:
+            self._runner = self._loop.create_task(self._run_all())
 
-    def _flush(self) -> None:
-        batch, self._waiting = self._waiting, []
-        task = self._loop.create_task(self._run_batch(batch))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _run_all(self) -> None:
+        """Run what waits, a batch after the other: two at once could overtake each other, a call its settlement."""
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting, []
+                await self._run_batch(batch)
+        finally:
+            self._runner = None
 
     async def _run_batch(self, batch: list[tuple[ScriptCall, asyncio.Future[Reply] | None]]) -> None:
         # EVAL, not EVALSHA: a pipeline cannot resend the one call whose node has not seen the script yet.

@@ -18,9 +18,9 @@ from keys.errors import RateLimitReached
 from keys.lifecycle import revoke_key
 from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
-from keys.quota import Quota
+from keys.quota import Quota, Reservation
 from keys.revocation import KeyChange, KeyFeed, announce
-from tests.harness.eventually import eventually
+from tests.harness.eventually import eventually, moment
 from tests.harness.redis_cluster import RedisCluster
 from tests.harness.tenant import Tenant
 
@@ -101,6 +101,22 @@ async def test_a_settled_slot_is_free_and_a_repeated_settlement_frees_nothing_mo
     await quota.reserve(new_id("req"), plan, 1, 0)
     with pytest.raises(RateLimitReached):
         await quota.reserve(new_id("req"), plan, 1, 0)
+
+
+async def test_calls_that_are_cancelled_while_they_are_admitted_leave_nothing(scripts: Scripts) -> None:
+    """Guarantee: a settlement never overtakes the reservation that it belongs to."""
+    quota = quota_on(scripts)
+    plan = QuotaPlan(organizations(1)[0], [ScopedLimits("key", "k", RateLimits(concurrent_requests=4))])
+    for _ in range(60):
+        calls = [asyncio.create_task(quota.reserve(new_id("req"), plan, 1, 0)) for _ in range(3)]
+        await moment(0.0005)
+        for call in calls:
+            call.cancel()
+        for got in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(got, Reservation):
+                quota.settle(got, 1)
+    # All four slots are free, so all are granted; one that was left taken would stay so for a minute.
+    await asyncio.gather(*(quota.reserve(new_id("req"), plan, 1, 0) for _ in range(4)))
 
 
 async def test_a_change_is_announced_heard_and_acknowledged(

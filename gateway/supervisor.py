@@ -16,6 +16,7 @@ from typing import Final, Self
 import structlog
 
 from core import embedded
+from core.embedded import EmbeddedUnavailable
 from core.settings import EdgeSettings, Settings
 from gateway.catalog_file import CatalogFile
 from gateway.first_run import FirstKey, prepare
@@ -66,10 +67,18 @@ def serve(settings: Settings, *, with_worker: bool, welcome: Welcome) -> None:
                 raise
             welcome(first_key, catalog_file)
             while not signals.wait(_LOOK_SECONDS) & _STOPPING:
-                stores.revive()
+                _revive(stores)
                 family.restart_dead()
         finally:
             family.stop(signals)
+
+
+def _revive(stores: embedded.Stores) -> None:
+    """Start embedded servers again that have died. One that will not start yet is tried again a second later."""
+    try:
+        stores.revive()
+    except EmbeddedUnavailable as error:
+        _log.error("embedded.down", error=str(error))
 
 
 class _Signals:

@@ -188,9 +188,13 @@ def _plain(response: Any) -> dict[str, Any]:
     """Return a litellm object as OpenAI would have sent it: without litellm's own fields."""
     plain: dict[str, Any] = response.model_dump(exclude_none=False, exclude_unset=False)
     for choice in plain.get("choices") or ():
-        for part in (choice.get("message"), choice.get("delta")):
-            if isinstance(part, dict):
-                _drop_empty(cast("dict[str, Any]", part))
+        message, delta = choice.get("message"), choice.get("delta")
+        if isinstance(message, dict):
+            _drop_empty(cast("dict[str, Any]", message), _REQUIRED)
+        if isinstance(delta, dict):
+            # Only the first delta has a role, and with it all three names.
+            part = cast("dict[str, Any]", delta)
+            _drop_empty(part, _REQUIRED if part.get("role") else frozenset())
     usage = plain.get("usage")
     if isinstance(usage, dict):
         plain["usage"] = {name: value for name, value in cast("dict[str, Any]", usage).items() if name in _USAGE_FIELDS}
@@ -204,8 +208,8 @@ _USAGE_FIELDS: Final = frozenset(
 _REQUIRED: Final = frozenset({"role", "content", "refusal"})
 
 
-def _drop_empty(part: dict[str, Any]) -> None:
-    for name in [name for name, value in part.items() if value is None and name not in _REQUIRED]:
+def _drop_empty(part: dict[str, Any], required: frozenset[str]) -> None:
+    for name in [name for name, value in part.items() if value is None and name not in required]:
         del part[name]
 
 

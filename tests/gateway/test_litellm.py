@@ -121,6 +121,8 @@ class TestAnthropic:
         events = [event.removeprefix(b"data: ") for event in got.body.split(b"\n\n") if event]
         assert events[-1] == b"[DONE]", litellm_gateway.log
         chunks = [msgspec.json.decode(event) for event in events[:-1]]
+        roles = ["role" in choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+        assert roles == [True] + [False] * (len(roles) - 1)
         found: dict[int, tuple[str, str]] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:

@@ -126,6 +126,13 @@ class Runtime:
             "aap_key_feed_live": float(self.feed.is_live()),
             "aap_quota_undelivered_settlements": float(len(self.scripts.undelivered)),
             "aap_redis_up": float(self.scripts.is_up),
+            "aap_deployments_resting": float(
+                sum(
+                    self.router.state_of(deployment) != "closed"
+                    for model in self.catalog_file.catalog
+                    for deployment in model.deployments
+                )
+            ),
             "aap_upstream_connections_open": float(self.client.connections_open),
             "aap_upstream_connections_idle": float(self.client.connections_idle),
         }

@@ -18,6 +18,7 @@ from core import embedded
 from core.database import Database
 from core.migrations import upgrade
 from core.settings import Pepper, load
+from tests.harness.provider import FakeProvider, answer, chat_answer
 from tests.harness.stores import TestStores, with_database, with_redis_database
 from tests.harness.tenant import Tenant, new_tenant
 
@@ -98,3 +99,20 @@ def workdir() -> Iterator[Path]:
     directory = Path(tempfile.mkdtemp(prefix="aap-"))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+async def shared_provider() -> AsyncIterator[FakeProvider]:
+    made = await FakeProvider().start()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def provider(shared_provider: FakeProvider) -> FakeProvider:
+    """The provider, with nothing queued and nothing received."""
+    shared_provider.scripts.clear()
+    shared_provider.received.clear()
+    shared_provider.exchanges.clear()
+    shared_provider.default = answer(chat_answer())
+    return shared_provider

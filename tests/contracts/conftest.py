@@ -11,23 +11,8 @@ import pytest
 
 from tests.contracts.recordings import load
 from tests.harness.gateway import Gateway, config_for
-from tests.harness.provider import FakeProvider, answer, chat_answer
+from tests.harness.provider import FakeProvider
 from tests.harness.stores import TestStores
-
-
-@pytest.fixture(scope="session")
-async def shared_provider() -> AsyncIterator[FakeProvider]:
-    made = await FakeProvider().start()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def provider(shared_provider: FakeProvider) -> FakeProvider:
-    shared_provider.scripts.clear()
-    shared_provider.received.clear()
-    shared_provider.default = answer(chat_answer())
-    return shared_provider
 
 
 @pytest.fixture(scope="session")

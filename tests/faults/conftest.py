@@ -10,7 +10,7 @@ import pytest
 from core.database import Database
 from tests.harness.gateway import Gateway, config_for
 from tests.harness.minute import Minute, begin_a_minute
-from tests.harness.provider import FakeProvider, answer, chat_answer
+from tests.harness.provider import FakeProvider
 from tests.harness.stores import TestStores
 
 PATH = "/v1/chat/completions"
@@ -26,28 +26,11 @@ def impatient(config: str) -> str:
 
 
 @pytest.fixture(scope="session")
-async def faulty_provider() -> AsyncIterator[FakeProvider]:
-    made = await FakeProvider().start()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def provider(faulty_provider: FakeProvider) -> FakeProvider:
-    """The provider, with nothing queued and nothing received."""
-    faulty_provider.scripts.clear()
-    faulty_provider.received.clear()
-    faulty_provider.exchanges.clear()
-    faulty_provider.default = answer(chat_answer())
-    return faulty_provider
-
-
-@pytest.fixture(scope="session")
 async def gateway(
-    stores: TestStores, faulty_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+    stores: TestStores, shared_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Gateway]:
     directory = tmp_path_factory.mktemp("faults")
-    config = impatient(config_for(faulty_provider.base_url, models=_MODELS))
+    config = impatient(config_for(shared_provider.base_url, models=_MODELS))
     async with Gateway(stores, directory, config) as made:
         yield made
 

@@ -34,13 +34,13 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 async def standing(
-    stores: TestStores, faulty_provider: FakeProvider
+    stores: TestStores, shared_provider: FakeProvider
 ) -> AsyncIterator[tuple[Gateway, PrivatePostgres, TestStores]]:
     directory = Path(tempfile.mkdtemp(prefix="aap-"))
     async with (
         private_redis(directory) as redis,
         private_postgres(directory, redis.url, stores.pepper) as (postgres, own),
-        Gateway(own, directory, config_for(faulty_provider.base_url)) as gateway,
+        Gateway(own, directory, config_for(shared_provider.base_url)) as gateway,
     ):
         yield gateway, postgres, own
     shutil.rmtree(directory, ignore_errors=True)

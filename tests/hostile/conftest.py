@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from tests.harness.gateway import Gateway, config_for
-from tests.harness.provider import FakeProvider, answer, chat_answer
+from tests.harness.provider import FakeProvider
 from tests.harness.raw import RawAnswer, RawConnection
 from tests.harness.stores import TestStores
 
@@ -20,28 +20,11 @@ BODY_BYTES_MAX = 10 * 1024 * 1024
 
 
 @pytest.fixture(scope="session")
-async def patient_provider() -> AsyncIterator[FakeProvider]:
-    made = await FakeProvider().start()
-    yield made
-    await made.close()
-
-
-@pytest.fixture
-def provider(patient_provider: FakeProvider) -> FakeProvider:
-    """The provider, with nothing queued and nothing received."""
-    patient_provider.scripts.clear()
-    patient_provider.received.clear()
-    patient_provider.exchanges.clear()
-    patient_provider.default = answer(chat_answer())
-    return patient_provider
-
-
-@pytest.fixture(scope="session")
 async def gateway(
-    stores: TestStores, patient_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
+    stores: TestStores, shared_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Gateway]:
     directory = tmp_path_factory.mktemp("hostile")
-    config = config_for(patient_provider.base_url, models=("fake", "org/fake"))
+    config = config_for(shared_provider.base_url, models=("fake", "org/fake"))
     async with Gateway(stores, directory, config, AAP_HEADER_SECONDS_MAX="1") as made:
         yield made
         assert '"call.broke"' not in made.log

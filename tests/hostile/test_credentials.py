@@ -130,10 +130,10 @@ class TestSeveral:
 
 
 @pytest.fixture(scope="module")
-async def strict(stores: TestStores, patient_provider: FakeProvider, tmp_path_factory) -> AsyncIterator[Gateway]:
+async def strict(stores: TestStores, shared_provider: FakeProvider, tmp_path_factory) -> AsyncIterator[Gateway]:
     """A gateway whose failed authentications are its own."""
     directory: Path = tmp_path_factory.mktemp("strict")
-    async with Gateway(stores, directory, config_for(patient_provider.base_url)) as made:
+    async with Gateway(stores, directory, config_for(shared_provider.base_url)) as made:
         yield made
 
 

@@ -6,6 +6,7 @@ Debian's `python3` comes without pip and ensurepip. The pip in `vendor/` fills t
 from __future__ import annotations
 
 import hashlib
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -66,9 +67,22 @@ def link_project(directory: Path, python: Path) -> None:
     """Make our packages importable and `aap` a command, without building anything."""
     Path(site_packages(python), "aap_gateway.pth").write_text(f"{ROOT}\n", encoding="utf-8")
     command = directory / "bin" / "aap"
-    absolute = (directory / "bin" / "python").absolute()
-    command.write_text(f"#!{absolute}\nfrom gateway.cli import main\n\nmain()\n", encoding="utf-8")
+    command.write_text(script((directory / "bin" / "python").absolute()), encoding="utf-8")
     command.chmod(0o755)
+
+
+def script(python: Path) -> str:
+    """Return the `aap` command: sh runs its second line and becomes Python, to which the same lines are a text.
+
+    The kernel ends the interpreter of a `#!` line at the first space, and at 127 bytes. pip's own scripts do as here.
+    """
+    return f"""#!/bin/sh
+'''exec' {shlex.quote(str(python))} "$0" "$@"
+' '''
+from gateway.cli import main
+
+main()
+"""
 
 
 def site_packages(python: Path) -> str:

@@ -102,7 +102,37 @@ def load(environ: Mapping[str, str]) -> Settings:
     """Return the settings that *environ* describes. Errors: SettingsInvalid with every problem."""
     reader = _Reader(environ)
     read = reader.read
-    edge = EdgeSettings(
+    log = LogSettings(
+        format=cast(
+            "Literal['json', 'console']",
+            read("AAP_LOG_FORMAT", "json", _one_of("json", "console")),
+        ),
+        level=read("AAP_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error")),
+        requests=read("AAP_LOG_REQUESTS", default=True, parse=_boolean),
+    )
+    settings = Settings(
+        data_dir=read("AAP_DATA_DIR", Path(".data"), Path).absolute(),
+        config_path=read("AAP_CONFIG", Path("aap.toml"), Path).absolute(),
+        database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
+        redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
+        peppers=read("AAP_KEY_PEPPERS", (), _peppers),
+        first_run=read("AAP_FIRST_RUN", default=True, parse=_boolean),
+        edge=_edge(reader, environ),
+        log=log,
+    )
+    problems = reader.problems
+    if (settings.database_url is None) != (settings.redis_url is None):
+        problems.append("DATABASE_URL, REDIS_URL: set both (your servers) or neither (embedded ones)")
+    if settings.database_url is not None and not settings.peppers and "AAP_KEY_PEPPERS" not in " ".join(problems):
+        problems.append("AAP_KEY_PEPPERS: required with DATABASE_URL; `aap doctor --new-pepper` prints a fresh one")
+    if problems:
+        raise SettingsInvalid(problems)
+    return settings
+
+
+def _edge(reader: _Reader, environ: Mapping[str, str]) -> EdgeSettings:
+    read = reader.read
+    return EdgeSettings(
         host=read("AAP_HOST", "127.0.0.1", _address),
         port=read("AAP_PORT", 8080, _integer(1, 65535)),
         workers=read("AAP_WORKERS", min(os.cpu_count() or 1, 4), _integer(1, 256)),
@@ -128,32 +158,6 @@ def load(environ: Mapping[str, str]) -> Settings:
             ),
         ),
     )
-    log = LogSettings(
-        format=cast(
-            "Literal['json', 'console']",
-            read("AAP_LOG_FORMAT", "json", _one_of("json", "console")),
-        ),
-        level=read("AAP_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error")),
-        requests=read("AAP_LOG_REQUESTS", default=True, parse=_boolean),
-    )
-    settings = Settings(
-        data_dir=read("AAP_DATA_DIR", Path(".data"), Path).absolute(),
-        config_path=read("AAP_CONFIG", Path("aap.toml"), Path).absolute(),
-        database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
-        redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
-        peppers=read("AAP_KEY_PEPPERS", (), _peppers),
-        first_run=read("AAP_FIRST_RUN", default=True, parse=_boolean),
-        edge=edge,
-        log=log,
-    )
-    problems = reader.problems
-    if (settings.database_url is None) != (settings.redis_url is None):
-        problems.append("DATABASE_URL, REDIS_URL: set both (your servers) or neither (embedded ones)")
-    if settings.database_url is not None and not settings.peppers and "AAP_KEY_PEPPERS" not in " ".join(problems):
-        problems.append("AAP_KEY_PEPPERS: required with DATABASE_URL; `aap doctor --new-pepper` prints a fresh one")
-    if problems:
-        raise SettingsInvalid(problems)
-    return settings
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

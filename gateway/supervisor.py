@@ -27,6 +27,8 @@ from inference.upstreams.http1_proxies import ProxySettings
 _READY_SECONDS_MAX: Final = 30.0
 # Beyond the drain: interrupted streams get to say so, embedded parts close.
 _STOP_SECONDS_EXTRA: Final = 15.0
+# Without open streams a stop takes less, and there is nothing to explain.
+_DRAIN_SAID_AFTER_SECONDS: Final = 0.5
 _RESTART_PAUSE_SECONDS_MAX: Final = 10.0
 # SIGHUP is what a closed terminal sends.
 _STOPPING: Final = {int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGHUP)}
@@ -43,8 +45,10 @@ class ProcessFailed(Exception):
     """A process of ours ended before it was ready; its log says why."""
 
 
-def serve(settings: Settings, *, with_worker: bool, welcome: Welcome) -> None:
+def serve(settings: Settings, *, with_worker: bool, welcome: Welcome, draining: Callable[[], None]) -> None:
     """Run until SIGTERM or SIGINT; *welcome* is called once when calls can be answered.
+
+    *draining* is called when stopping takes a while, because calls are still open.
 
     A first key that was made for a start that then fails is told as well, without a catalog: it is never shown again.
     Errors: ProxyInvalid, EmbeddedUnavailable, PortTaken, ProcessFailed, ConfigurationInvalid, and the driver's when a
@@ -70,7 +74,7 @@ def serve(settings: Settings, *, with_worker: bool, welcome: Welcome) -> None:
                 _revive(stores)
                 family.restart_dead()
         finally:
-            family.stop(signals)
+            family.stop(signals, draining)
 
 
 def _revive(stores: embedded.Stores) -> None:
@@ -182,12 +186,18 @@ class _Family:
                 process.due_at = 0.0
                 process.running = process.spawn()
 
-    def stop(self, signals: _Signals) -> None:
+    def stop(self, signals: _Signals, draining: Callable[[], None]) -> None:
         """Ask every process to drain; kill what does not end in time, or everything on a second Ctrl-C."""
         for process in self._processes:
             process.running.terminate()
-        deadline = time.monotonic() + self._settings.edge.drain_seconds + _STOP_SECONDS_EXTRA
+        asked_at = time.monotonic()
+        edge = self._settings.edge
+        deadline = asked_at + edge.drain_notice_seconds + edge.drain_seconds + _STOP_SECONDS_EXTRA
+        is_said = False
         while any(process.running.poll() is None for process in self._processes):
+            if not is_said and time.monotonic() - asked_at > _DRAIN_SAID_AFTER_SECONDS:
+                is_said = True
+                draining()
             if signal.SIGINT in signals.wait(0.1) or time.monotonic() > deadline:
                 for process in self._processes:
                     process.running.kill()

@@ -1,14 +1,22 @@
-"""`aap`: the command line. Commands are imported when they are used, so that `--help` is quick.
+"""`aap`: the command line.
 
-Exit codes: 0 done, 1 the command could not do it, 2 it was called wrongly.
+The modules named after commands only declare them: options, help, how results are shown. What a command does, and all
+that it takes, is imported when it is run, so that every `--help` is quick.
+
+Exit codes: 0 done, 1 the command could not do it, 2 it was called wrongly. With --json, what went wrong is one JSON
+object on standard error.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
 import rich_click as click
+
+from gateway.cli.common import print_error
 
 # Command → (module, its first line of help). The help stands here so that listing commands imports none of them.
 _COMMANDS: Final = {
@@ -16,7 +24,7 @@ _COMMANDS: Final = {
     "worker": ("serving", "Run a worker process only."),
     "migrate": ("serving", "Bring the database schema up to date."),
     "doctor": ("doctor", "Check this installation and say what is wrong."),
-    "keys": ("keys", "Create, list, rotate and revoke API keys."),
+    "keys": ("keys", "Create, list, find, rotate and revoke API keys."),
     "orgs": ("tenants", "Create and list organizations."),
     "projects": ("tenants", "Create and list projects."),
     "limits": ("limits", "Show and set rate limits."),
@@ -62,4 +70,20 @@ def aap() -> None:
 
 def main() -> None:
     """Run the command line."""
-    aap(prog_name="aap")
+    if not _asks_for_json(sys.argv[1:]):
+        aap.main(prog_name="aap")
+    try:
+        code = aap.main(prog_name="aap", standalone_mode=False)
+    except click.ClickException as error:
+        print_error(error.format_message(), as_json=True)
+        sys.exit(error.exit_code)
+    except click.Abort:
+        print_error("interrupted", as_json=True)
+        sys.exit(1)
+    sys.exit(code)
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    """Tell whether --json is among the options: click refuses a wrong call before it has read them all."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return "--json" in options

@@ -1,78 +1,29 @@
-"""What the commands share: settings, a session on the database, and two ways of showing results."""
+"""What the declarations of commands share: options, and how results and failures are shown."""
 
 from __future__ import annotations
 
-import asyncio
-import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, cast
 
 import click
 import msgspec
-from redis.asyncio import Redis
 
-from core import embedded
-from core.configuration import ConfigurationInvalid
-from core.database import DOWN, Database
-from core.embedded import EmbeddedUnavailable
-from core.errors import AppError
-from core.migrations import expected_revision, is_current
-from core.redis import connect
-from core.settings import Pepper, Settings, SettingsInvalid, load
-
-_T = TypeVar("_T")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-
-
-class Stores(msgspec.Struct, frozen=True):
-    """The stores that a command works on."""
-
-    settings: Settings
-    database: Database
-    redis: Redis
-    pepper: Pepper
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, also of errors.")
+org_option = click.option("--org", help="The organization's id. Needed only when there are several.")
 
 
 def fail(message: str) -> NoReturn:
     """End with exit code 1 and a message on standard error."""
-    click.echo(f"Error: {message}", err=True)
+    context = click.get_current_context(silent=True)
+    print_error(message, as_json=context is not None and bool(context.params.get("as_json")))
     sys.exit(1)
 
 
-def read_settings() -> Settings:
-    """Return the environment's settings, or end with every problem."""
-    try:
-        return load(os.environ)
-    except SettingsInvalid as error:
-        fail("the settings are not valid:\n  " + "\n  ".join(error.problems))
-
-
-def on_stores(act: Callable[[Stores], Awaitable[_T]]) -> _T:
-    """Run *act* on the configured stores; embedded ones are started for it unless they run already."""
-    settings = read_settings()
-    try:
-        with embedded.stores(settings) as stores:
-            return asyncio.run(_connected(settings, stores, act))
-    except AppError as error:
-        fail(error.message)
-    except (EmbeddedUnavailable, ConfigurationInvalid) as error:
-        fail(str(error))
-    except DOWN as error:
-        fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
-
-
-async def _connected(settings: Settings, stores: embedded.Stores, act: Callable[[Stores], Awaitable[_T]]) -> _T:
-    database = Database(stores.database_url, connections_max=1)
-    redis = connect(stores.redis_url)
-    try:
-        if not await is_current(database):
-            fail(f"the database schema is not at {expected_revision()}: run `aap migrate` (or `aap serve`) first")
-        return await act(Stores(settings, database, redis, stores.peppers[0]))
-    finally:
-        await redis.aclose()
-        await database.close()
+def print_error(message: str, *, as_json: bool) -> None:
+    """Write what went wrong to standard error."""
+    click.echo(_encoded({"error": {"message": message}}) if as_json else f"Error: {message}", err=True)
 
 
 def show(rows: Sequence[msgspec.Struct], columns: Sequence[str], *, as_json: bool, empty: str) -> None:
@@ -83,8 +34,8 @@ def show(rows: Sequence[msgspec.Struct], columns: Sequence[str], *, as_json: boo
     if not rows:
         click.echo(empty)
         return
-    from rich.console import Console  # noqa: PLC0415 - only for people
-    from rich.table import Table  # noqa: PLC0415
+    from rich.console import Console
+    from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in columns:
@@ -98,7 +49,17 @@ def show(rows: Sequence[msgspec.Struct], columns: Sequence[str], *, as_json: boo
 
 def print_json(value: Any) -> None:
     """Print *value* as indented JSON."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    click.echo(msgspec.json.format(_encoded(value), indent=2))
+
+
+def print_json_line(value: Any) -> None:
+    """Print *value* as one line of JSON, at once: somebody may be waiting for it at the other end of a pipe."""
+    click.echo(_encoded(value))
+    sys.stdout.flush()
+
+
+def _encoded(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
 
 
 def _cell(value: Any) -> str:

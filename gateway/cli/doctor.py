@@ -1,45 +1,13 @@
-"""`aap doctor`: what an operator would look at first, looked at."""
+"""`aap doctor`."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import resource
 import secrets
-import ssl
-import sys
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final, Literal, cast
 
-import certifi
 import click
-import msgspec
-from sqlalchemy import text
 
-from core import embedded
-from core.configuration import ConfigurationInvalid
-from core.database import Database
-from core.migrations import is_current
-from core.redis import connect
-from core.settings import Settings
-from gateway.catalog_file import CatalogFile
-from gateway.cli.common import json_option, print_json, read_settings
-from inference.catalog import Catalog
-from inference.upstreams.http1_messages import parse_base_url
-
-_FILES_MIN: Final = 4_096
-_SKEW_SECONDS_MAX: Final = 1.0
-_POSTGRESQL_MIN: Final = 150_000
-_CONNECT_SECONDS_MAX: Final = 5.0
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
-
-    check: str
-    result: Literal["ok", "warning", "failed"]
-    detail: str
+from gateway.cli.common import fail, json_option, print_json
 
 
 @click.command()
@@ -48,118 +16,25 @@ class Finding(msgspec.Struct, frozen=True):
 def doctor_command(new_pepper: bool, as_json: bool) -> None:
     """Check settings, stores, clocks, limits and providers. Exit code 1 when something has failed."""
     if new_pepper:
-        click.echo(f"p{int(time.time())}:{secrets.token_hex(32)}")
+        _print_new_pepper(as_json=as_json)
         return
+    from gateway.cli.examine import examine
+    from gateway.cli.stores import read_settings
+
     findings = examine(read_settings())
     if as_json:
         print_json(findings)
     else:
         for finding in findings:
             click.echo(f"{finding.result:<8} {finding.check:<22} {finding.detail}")
-    if any(finding.result == "failed" for finding in findings):
-        sys.exit(1)
+    failed = [finding.check for finding in findings if finding.result == "failed"]
+    if failed:
+        fail(f"failed: {', '.join(failed)}")
 
 
-def examine(settings: Settings) -> list[Finding]:
-    """Return what was found, stores first."""
-    findings = [_files()]
-    try:
-        with embedded.stores(settings) as stores:
-            findings += asyncio.run(_stores(stores))
-    except embedded.EmbeddedUnavailable as error:
-        findings.append(Finding("stores", "failed", str(error)))
-    try:
-        catalog = CatalogFile(settings.config_path, os.environ).catalog
-    except ConfigurationInvalid as error:
-        return [*findings, Finding("configuration", "failed", "; ".join(error.problems))]
-    findings.append(Finding("configuration", "ok", f"{len(catalog.models)} models, {len(catalog.providers)} providers"))
-    return findings + asyncio.run(_providers(catalog))
-
-
-def _files() -> Finding:
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < _FILES_MIN:
-        return Finding("open files", "warning", f"{soft}; each stream takes two: raise `ulimit -n` to {_FILES_MIN}")
-    return Finding("open files", "ok", str(soft))
-
-
-async def _stores(stores: embedded.Stores) -> list[Finding]:
-    database = Database(stores.database_url, connections_max=1)
-    try:
-        found = [
-            await _look("postgresql", lambda: _postgresql(database)),
-            await _look("schema", lambda: _schema(database)),
-            await _look("clock (postgresql)", lambda: _postgresql_clock(database)),
-            await _look("redis", lambda: _redis(stores.redis_url)),
-        ]
-    finally:
-        await database.close()
-    return found
-
-
-async def _look(check: str, act: Callable[[], Awaitable[Finding]]) -> Finding:
-    try:
-        return await act()
-    except Exception as error:  # noqa: BLE001 - a doctor reports whatever it meets
-        return Finding(check, "failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-
-async def _postgresql(database: Database) -> Finding:
-    async with database.transaction() as session:
-        number = int(await session.scalar(text("SHOW server_version_num")) or 0)
-        connections = await session.scalar(text("SHOW max_connections"))
-    detail = f"version {number // 10_000}, max_connections {connections}"
-    return Finding("postgresql", "ok" if number >= _POSTGRESQL_MIN else "failed", detail)
-
-
-async def _schema(database: Database) -> Finding:
-    if await is_current(database):
-        return Finding("schema", "ok", "up to date")
-    return Finding("schema", "failed", "not up to date: run `aap migrate`")
-
-
-async def _postgresql_clock(database: Database) -> Finding:
-    async with database.transaction() as session:
-        theirs = float(await session.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0)
-    skew_seconds = abs(theirs - time.time())
-    result: Literal["ok", "warning"] = "ok" if skew_seconds < _SKEW_SECONDS_MAX else "warning"
-    return Finding("clock (postgresql)", result, f"{skew_seconds:.3f} s apart")
-
-
-async def _redis(url: str) -> Finding:
-    redis = connect(url)
-    try:
-        info: dict[str, Any] = await cast("Any", redis).info()
-    finally:
-        await redis.aclose()
-    detail = f"version {info['redis_version']}, {info.get('maxmemory_policy')}"
-    if info.get("maxmemory_policy") not in {"noeviction", None}:
-        return Finding("redis", "warning", f"{detail}: set maxmemory-policy noeviction, or limits may be forgotten")
-    if not info.get("aof_enabled"):
-        return Finding("redis", "warning", f"{detail}: appendonly is off, a restart forgets the limits' levels")
-    return Finding("redis", "ok", detail)
-
-
-async def _providers(catalog: Catalog) -> list[Finding]:
-    findings: list[Finding] = []
-    for provider in catalog.providers.values():
-        base_url = provider.settings.base_url
-        if provider.settings.kind != "openai" or base_url is None:
-            findings.append(Finding(f"provider {provider.name}", "ok", f"kind {provider.settings.kind}, not contacted"))
-            continue
-        findings.append(
-            await _look(f"provider {provider.name}", lambda url=base_url, name=provider.name: _reach(name, url))
-        )
-    return findings
-
-
-async def _reach(name: str, base_url: str) -> Finding:
-    """Connect, with TLS verification, and send nothing."""
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return Finding(f"provider {name}", "ok", "behind a proxy, not contacted")
-    origin, _ = parse_base_url(base_url)
-    context = ssl.create_default_context(cafile=certifi.where()) if origin.scheme == "https" else None
-    async with asyncio.timeout(_CONNECT_SECONDS_MAX):
-        _, writer = await asyncio.open_connection(origin.host, origin.port, ssl=context)
-    writer.close()
-    return Finding(f"provider {name}", "ok", f"{origin.address} answers")
+def _print_new_pepper(*, as_json: bool) -> None:
+    pepper = f"p{int(time.time())}:{secrets.token_hex(32)}"
+    if as_json:
+        print_json({"pepper": pepper})
+    else:
+        click.echo(pepper)

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
-import msgspec
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.ids import KeyId, OrganizationId, ProjectId
-from gateway.cli.common import Stores, fail, json_option, on_stores, print_json, show
-from gateway.cli.tenants import chosen_organization, org_option
-from keys import lifecycle, tenants
-from keys.errors import TenantNotFound
-from keys.lifecycle import IssuedKey, Key, NewKey
-from keys.revocation import KeyChange, Propagation, announce
+from gateway.cli.common import fail, json_option, org_option, print_json, show
 from keys.scopes import ALL_SCOPES
 
 _COLUMNS = ("id", "name", "hint", "project_id", "scopes", "models", "expires_at", "disabled_at", "last_used_at")
-
-
-class _Shown(msgspec.Struct, frozen=True):
-    id: str
-    secret: str
-    propagation: Propagation
+_FOUND_COLUMNS = (
+    *("id", "name", "hint", "matched", "organization_id", "project_id"),
+    *("secret_ends_at", "expires_at", "disabled_at", "last_used_at"),
+)
 
 
 @click.group()
 def keys_command() -> None:
-    """Create, list, rotate and revoke API keys."""
+    """Create, list, find, rotate and revoke API keys."""
 
 
 @keys_command.command("create")
@@ -53,30 +43,20 @@ def create_key(
     as_json: bool,
 ) -> None:
     """Create a key. Its secret is printed once and kept nowhere."""
-    expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
+    from gateway.cli import key_acts
+    from keys.lifecycle import NewKey
+
     try:
         new = NewKey(
             name=name,
             scopes=scopes or ALL_SCOPES,
             models=models or None,
             ip_networks=networks or None,
-            expires_at=expires_at,
+            expires_at=datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None,
         )
     except ValueError as error:
         fail(str(error))
-
-    async def act(stores: Stores) -> _Shown:
-        organization_id = await chosen_organization(stores, org)
-        project_id = await _chosen_project(stores, project, organization_id)
-
-        async def create(session: AsyncSession) -> IssuedKey:
-            return await lifecycle.create_key(
-                session, new, organization_id=organization_id, project_id=project_id, pepper=stores.pepper
-            )
-
-        return await _issue(stores, organization_id, create)
-
-    _print_issued(on_stores(act), as_json=as_json)
+    _print_issued(key_acts.create(new, org=org, project=project), as_json=as_json)
 
 
 @keys_command.command("list")
@@ -84,13 +64,31 @@ def create_key(
 @json_option
 def list_keys(org: str | None, as_json: bool) -> None:
     """List the keys of an organization."""
+    from gateway.cli import key_acts
 
-    async def act(stores: Stores) -> list[Key]:
-        organization_id = await chosen_organization(stores, org)
-        async with stores.database.transaction() as session:
-            return await lifecycle.list_keys(session, organization_id=organization_id)
+    show(key_acts.list_all(org), _COLUMNS, as_json=as_json, empty="There is no key yet.")
 
-    show(on_stores(act), _COLUMNS, as_json=as_json, empty="There is no key yet.")
+
+@keys_command.command("find")
+# Any number: click's own refusal of a second one would repeat it, and it may be a key.
+@click.argument("text", nargs=-1, required=True, metavar="TEXT")
+@click.option("--org", help="Look among this organization's keys only. Default: everybody's.")
+@json_option
+def find_key(text: tuple[str, ...], org: str | None, as_json: bool) -> None:
+    """Say which key this is.
+
+    TEXT is a whole key, how it begins (sk-aap-XXXX, or more of it), or how it is shown (sk-aap-XXXX...YYYY). With -
+    it is read from standard input: a key on the command line stays in the shell's history. TEXT is never repeated.
+    """
+    from gateway.cli import key_acts
+    from keys.lookup import shown_part
+
+    if len(text) != 1:
+        raise click.UsageError("give one TEXT")
+    asked = sys.stdin.readline() if text[0] == "-" else text[0]
+    if shown_part(asked) is None:
+        raise click.UsageError("TEXT is no key, no beginning of one, and not how one is shown")
+    show(key_acts.find(asked, org), _FOUND_COLUMNS, as_json=as_json, empty="")
 
 
 @keys_command.command("rotate")
@@ -105,23 +103,9 @@ def list_keys(org: str | None, as_json: bool) -> None:
 @json_option
 def rotate_key(key_id: str, grace_hours: float, as_json: bool) -> None:
     """Give a key a new secret. Its id, limits and history stay."""
+    from gateway.cli import key_acts
 
-    async def act(stores: Stores) -> _Shown:
-        organization_id = await _owner(stores, key_id)
-
-        async def rotate(session: AsyncSession) -> IssuedKey:
-            return await lifecycle.rotate_key(
-                session,
-                KeyId(key_id),
-                organization_id=organization_id,
-                grace=timedelta(hours=grace_hours),
-                pepper=stores.pepper,
-                now=datetime.now(UTC),
-            )
-
-        return await _issue(stores, organization_id, rotate)
-
-    _print_issued(on_stores(act), as_json=as_json)
+    _print_issued(key_acts.rotate(key_id, timedelta(hours=grace_hours)), as_json=as_json)
 
 
 @keys_command.command("revoke")
@@ -129,18 +113,9 @@ def rotate_key(key_id: str, grace_hours: float, as_json: bool) -> None:
 @json_option
 def revoke_key(key_id: str, as_json: bool) -> None:
     """End a key at once, everywhere. Exit code 1 when a gateway has not confirmed it in time."""
+    from gateway.cli import key_acts
 
-    async def act(stores: Stores) -> Propagation:
-        organization_id = await _owner(stores, key_id)
-        async with stores.database.transaction() as session:
-            change = await lifecycle.revoke_key(
-                session, KeyId(key_id), organization_id=organization_id, now=datetime.now(UTC)
-            )
-        return await announce(
-            stores.redis, KeyChange(sequence=change, organization_id=organization_id, key_id=KeyId(key_id))
-        )
-
-    propagation = on_stores(act)
+    propagation = key_acts.revoke(key_id)
     if as_json:
         print_json({"id": key_id, "revoked": True, "propagation": propagation})
     else:
@@ -150,35 +125,11 @@ def revoke_key(key_id: str, as_json: bool) -> None:
         fail(f"not confirmed by {', '.join(propagation.missing)}: there it ends within 5 seconds")
 
 
-async def _owner(stores: Stores, key_id: str) -> OrganizationId:
-    async with stores.database.transaction() as session:
-        return await lifecycle.find_key_owner(session, KeyId(key_id))
-
-
-async def _chosen_project(stores: Stores, project: str | None, organization_id: OrganizationId) -> ProjectId:
-    if project is not None:
-        return ProjectId(project)
-    async with stores.database.transaction() as session:
-        found = await tenants.list_projects(session, organization_id=organization_id)
-    if len(found) != 1:
-        raise TenantNotFound("project (there are several: name one)" if found else "project")
-    return found[0].id
-
-
-async def _issue(
-    stores: Stores, organization_id: OrganizationId, act: Callable[[AsyncSession], Awaitable[IssuedKey]]
-) -> _Shown:
-    async with stores.database.transaction() as session:
-        issued = await act(session)
-    change = KeyChange(sequence=issued.change, organization_id=organization_id, key_id=issued.id)
-    return _Shown(issued.id, issued.secret, await announce(stores.redis, change))
-
-
-def _print_issued(shown: Any, *, as_json: bool) -> None:
+def _print_issued(issued: Any, *, as_json: bool) -> None:
     if as_json:
-        print_json(shown)
+        print_json(issued)
         return
-    click.echo(f"id      {shown.id}\nsecret  {shown.secret}   (shown this once)")
-    if not shown.propagation.is_complete:
-        missing = ", ".join(shown.propagation.missing)
+    click.echo(f"id      {issued.id}\nsecret  {issued.secret}   (shown this once)")
+    if not issued.propagation.is_complete:
+        missing = ", ".join(issued.propagation.missing)
         click.echo(f"Not confirmed by {missing}: there the change holds within 5 seconds.", err=True)

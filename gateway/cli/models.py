@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
 
-from core.configuration import ConfigurationInvalid
-from gateway.catalog_file import CatalogFile
-from gateway.cli.common import fail, json_option, print_json, read_settings, show
-from gateway.cli.litellm_import import Report, convert, read_litellm
+from gateway.cli.common import fail, json_option, print_json, show
 
 
 class _Row(msgspec.Struct, frozen=True):
@@ -25,6 +23,10 @@ class _Row(msgspec.Struct, frozen=True):
 @json_option
 def models_command(as_json: bool) -> None:
     """List the models of the catalog and their deployments."""
+    from core.configuration import ConfigurationInvalid
+    from gateway.catalog_file import CatalogFile
+    from gateway.cli.stores import read_settings
+
     settings = read_settings()
     try:
         catalog = CatalogFile(settings.config_path, os.environ).catalog
@@ -53,6 +55,8 @@ def import_litellm(file: Path, output: Path | None, force: bool, as_json: bool) 
 
     Secrets that stand in the file are not copied: they become references to environment variables that are named.
     """
+    from gateway.cli.litellm_import import convert, read_litellm
+
     try:
         report = convert(read_litellm(file))
     except ValueError as error:
@@ -67,11 +71,15 @@ def import_litellm(file: Path, output: Path | None, force: bool, as_json: bool) 
     _print_report(report, output)
 
 
-def _print_report(report: Report, output: Path | None) -> None:
+def _print_report(report: Any, output: Path | None) -> None:
     if output is None:
         click.echo(report.toml)
     click.echo(f"{report.models} models taken.", err=True)
-    for title, lines in (("Set these variables", report.variables), ("Not taken over", report.ignored)):
+    for title, lines in (
+        ("Set these variables", report.variables),
+        ("To look at", report.notes),
+        ("Not taken over", report.ignored),
+    ):
         if lines:
             click.echo(f"{title}:", err=True)
             for line in lines:

@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import subprocess
 import sys
-from typing import Any
 
 import click
 import msgspec
 
-from core import embedded
-from core.configuration import ConfigurationInvalid
-from core.database import DOWN, Database
-from core.embedded import EmbeddedUnavailable
-from core.settings import Settings
-from core.telemetry import configure_logs
 from core.version import VERSION
-from gateway.catalog_file import CatalogFile
-from gateway.cli.common import fail, json_option, print_json, read_settings
-from gateway.first_run import FirstKey
-from keys.secrets import redact
-
-
-def _with_options(settings: Settings, given: dict[str, Any]) -> Settings:
-    """Return *settings* with the options that were given, also for the processes that are started later."""
-    names = {"host": "AAP_HOST", "port": "AAP_PORT", "workers": "AAP_WORKERS", "data_dir": "AAP_DATA_DIR"}
-    for option, value in given.items():
-        if value is not None:
-            os.environ[names[option]] = str(value)
-    return read_settings() if any(value is not None for value in given.values()) else settings
+from gateway.cli.common import json_option, print_json
 
 
 @click.command()
@@ -39,86 +17,38 @@ def _with_options(settings: Settings, given: dict[str, Any]) -> Settings:
 @click.option("--workers", type=int, help="Number of API processes. [AAP_WORKERS, default: cores, at most 4]")
 @click.option("--data-dir", help="Where embedded stores keep their data. [AAP_DATA_DIR, default .data]")
 @click.option("--no-worker", is_flag=True, help="Start API processes only; `aap worker` runs elsewhere.")
+@json_option
 def serve_command(
-    host: str | None, port: int | None, workers: int | None, data_dir: str | None, no_worker: bool
+    host: str | None, port: int | None, workers: int | None, data_dir: str | None, no_worker: bool, as_json: bool
 ) -> None:
-    """Run the gateway: stores, schema, API processes, worker. Ctrl-C drains and stops it; twice, at once."""
-    from gateway.supervisor import PortTaken, ProcessFailed, serve  # noqa: PLC0415 - not for `--help`
-    from inference.upstreams.http1_proxies import ProxyInvalid  # noqa: PLC0415
+    """Run the gateway: stores, schema, API processes, worker. Ctrl-C drains and stops it; twice, at once.
 
-    options = {"host": host, "port": port, "workers": workers, "data_dir": data_dir}
-    settings = _with_options(read_settings(), options)
-    configure_logs(settings.log, redact)
-    try:
-        serve(settings, with_worker=not no_worker, welcome=lambda key, catalog: _welcome(settings, key, catalog))
-    except PortTaken as error:
-        fail(f"{error}. Choose another with --port.")
-    except (EmbeddedUnavailable, ProcessFailed, ProxyInvalid) as error:
-        fail(str(error))
-    except ConfigurationInvalid as error:
-        fail(f"{settings.config_path.name} is not valid:\n  " + "\n  ".join(error.problems))
-    except DOWN as error:
-        fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
+    With --json one line is printed when calls can be answered: base_url, api_key (on the first start only, else null)
+    and models.
+    """
+    from gateway.cli.serve import serve
 
-
-def _welcome(settings: Settings, first_key: FirstKey | None, catalog_file: CatalogFile | None) -> None:
-    if catalog_file is None:
-        click.echo(f"\n  API key    {first_key.secret if first_key else ''}   (shown this once; the start failed)\n")
-        return
-    edge = settings.edge
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(edge.host, edge.host)  # noqa: S104 - shown, not listened on
-    host = f"[{host}]" if ":" in host else host
-    base_url = f"http://{host}:{edge.port}/v1"
-    names = list(catalog_file.catalog.models)
-    model = next((name for name in ("gpt-4.1-mini", "gpt-4o-mini") if name in names), names[0])
-    key = first_key.secret if first_key else "$AAP_API_KEY"
-    lines = ["", f"  base URL   {base_url}"]
-    if first_key:
-        lines.append(f"  API key    {first_key.secret}   (shown this once)")
-    else:
-        lines.append("  API key    yours; `aap keys create` makes another")
-    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    lines += [
-        f"  models     {shown}",
-        "",
-        f"  curl {base_url}/chat/completions \\",
-        f'    -H "Authorization: Bearer {key}" -H "Content-Type: application/json" \\',
-        f"""    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'""",
-        "",
-        "  Ctrl-C stops the gateway.",
-        "",
-    ]
-    click.echo("\n".join(lines))
-    sys.stdout.flush()
+    given = {"AAP_HOST": host, "AAP_PORT": port, "AAP_WORKERS": workers, "AAP_DATA_DIR": data_dir}
+    serve(given, with_worker=not no_worker, as_json=as_json)
 
 
 @click.command()
-def worker_command() -> None:
-    """Run a worker process only, on the stores of DATABASE_URL and REDIS_URL."""
-    settings = read_settings()
-    if settings.database_url is None:
-        fail("DATABASE_URL is not set: with embedded stores `aap serve` runs the worker")
-    sys.exit(subprocess.run([sys.executable, "-m", "gateway.worker"], check=False).returncode)
+@json_option
+def worker_command(as_json: bool) -> None:
+    """Run a worker process only, on the stores of DATABASE_URL and REDIS_URL. It prints nothing but its log."""
+    from gateway.cli.serve import become_worker
+
+    del as_json  # Errors are told by `fail`, which looks it up.
+    become_worker()
 
 
 @click.command()
 @json_option
 def migrate_command(as_json: bool) -> None:
     """Bring the database schema up to date. Safe to run twice, and from several machines at once."""
-    from core.migrations import upgrade  # noqa: PLC0415 - not for `--help`
+    from gateway.cli.migrate import migrate
 
-    async def act(url: str) -> str:
-        database = Database(url, connections_max=1)
-        try:
-            return await upgrade(database)
-        finally:
-            await database.close()
-
-    try:
-        with embedded.stores(read_settings()) as stores:
-            revision = asyncio.run(act(stores.database_url))
-    except (EmbeddedUnavailable, *DOWN) as error:
-        fail(f"the schema could not be brought up to date: {error}")
+    revision = migrate()
     if as_json:
         print_json({"revision": revision})
     else:

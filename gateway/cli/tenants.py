@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
-from core.ids import OrganizationId
-from gateway.cli.common import Stores, json_option, on_stores, show
-from keys import tenants
+from gateway.cli.common import json_option, org_option, show
 
 _ORGANIZATION_COLUMNS = ("id", "name", "disconnect_policy", "created_at")
 _PROJECT_COLUMNS = ("id", "organization_id", "name", "created_at")
-org_option = click.option("--org", help="The organization's id. Needed only when there are several.")
-
-
-async def chosen_organization(stores: Stores, org: str | None) -> OrganizationId:
-    """Return the named organization, or the only one there is. Errors: TenantNotFound."""
-    if org is not None:
-        return OrganizationId(org)
-    async with stores.database.transaction() as session:
-        return (await tenants.only_organization(session)).id
 
 
 @click.group()
@@ -36,26 +27,22 @@ def orgs_command() -> None:
     help="When a caller hangs up: read the provider's answer to its end, or stop it.",
 )
 @json_option
-def create_org(name: str, disconnect_policy: tenants.DisconnectPolicy, as_json: bool) -> None:
+def create_org(name: str, disconnect_policy: Literal["drain", "abort"], as_json: bool) -> None:
     """Create an organization."""
+    from gateway.cli import tenant_acts
 
-    async def act(stores: Stores) -> tenants.Organization:
-        async with stores.database.transaction() as session:
-            return await tenants.create_organization(session, name, disconnect_policy=disconnect_policy)
-
-    show([on_stores(act)], _ORGANIZATION_COLUMNS, as_json=as_json, empty="")
+    made = tenant_acts.create_organization(name, disconnect_policy)
+    show([made], _ORGANIZATION_COLUMNS, as_json=as_json, empty="")
 
 
 @orgs_command.command("list")
 @json_option
 def list_orgs(as_json: bool) -> None:
     """List every organization."""
+    from gateway.cli import tenant_acts
 
-    async def act(stores: Stores) -> list[tenants.Organization]:
-        async with stores.database.transaction() as session:
-            return await tenants.list_organizations(session)
-
-    show(on_stores(act), _ORGANIZATION_COLUMNS, as_json=as_json, empty="There is no organization yet.")
+    found = tenant_acts.list_organizations()
+    show(found, _ORGANIZATION_COLUMNS, as_json=as_json, empty="There is no organization yet.")
 
 
 @click.group()
@@ -69,13 +56,9 @@ def projects_command() -> None:
 @json_option
 def create_project(name: str, org: str | None, as_json: bool) -> None:
     """Create a project."""
+    from gateway.cli import tenant_acts
 
-    async def act(stores: Stores) -> tenants.Project:
-        organization_id = await chosen_organization(stores, org)
-        async with stores.database.transaction() as session:
-            return await tenants.create_project(session, name, organization_id=organization_id)
-
-    show([on_stores(act)], _PROJECT_COLUMNS, as_json=as_json, empty="")
+    show([tenant_acts.create_project(name, org)], _PROJECT_COLUMNS, as_json=as_json, empty="")
 
 
 @projects_command.command("list")
@@ -83,10 +66,6 @@ def create_project(name: str, org: str | None, as_json: bool) -> None:
 @json_option
 def list_projects(org: str | None, as_json: bool) -> None:
     """List the projects of an organization."""
+    from gateway.cli import tenant_acts
 
-    async def act(stores: Stores) -> list[tenants.Project]:
-        organization_id = await chosen_organization(stores, org)
-        async with stores.database.transaction() as session:
-            return await tenants.list_projects(session, organization_id=organization_id)
-
-    show(on_stores(act), _PROJECT_COLUMNS, as_json=as_json, empty="There is no project yet.")
+    show(tenant_acts.list_projects(org), _PROJECT_COLUMNS, as_json=as_json, empty="There is no project yet.")

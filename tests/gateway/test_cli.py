@@ -6,22 +6,23 @@ import asyncio
 import os
 import re
 import sys
-import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
+import click
 import msgspec
 import pytest
 from click.testing import CliRunner
 
 from core.database import Database
 from core.migrations import upgrade
-from gateway.catalog_file import parse
 from gateway.cli import aap as commands
-from gateway.cli.litellm_import import Report, convert, read_litellm
-from keys.secrets import hint, is_well_formed
+from gateway.cli.limits import DIMENSIONS, LIMIT_MAX
+from keys import limits
+from keys.secrets import hint, is_well_formed, mint
+from tests.harness.eventually import eventually
 from tests.harness.gateway import ROOT, free_port
 from tests.harness.stores import TestStores, with_database
 
@@ -34,6 +35,14 @@ class Ran(NamedTuple):
     def json(self) -> Any:
         assert self.code == 0, self.err
         return msgspec.json.decode(self.out)
+
+    def json_error(self) -> str:
+        """The message on standard error, which must hold this one object and nothing else."""
+        assert self.code in {1, 2}, self.out
+        told = msgspec.json.decode(self.err)
+        assert told.keys() == {"error"}
+        assert told["error"].keys() == {"message"}
+        return told["error"]["message"]
 
 
 class Cli:
@@ -49,15 +58,18 @@ class Cli:
             **environ,
         }
 
-    async def __call__(self, *arguments: str, python: tuple[str, ...] = (), **environ: str) -> Ran:
+    async def __call__(
+        self, *arguments: str, python: tuple[str, ...] = (), stdin: str | None = None, **environ: str
+    ) -> Ran:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, *python, "-c", "from gateway.cli import main; main()", *arguments),
             cwd=self.directory,
             env={**self.environ, **environ},
+            stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
+        out, err = await asyncio.wait_for(process.communicate(stdin.encode() if stdin is not None else None), 60)
         assert "Traceback" not in err.decode()
         return Ran(process.returncode or 0, out.decode(), err.decode())
 
@@ -84,35 +96,52 @@ def bare(tmp_path: Path) -> Cli:
     return Cli(tmp_path, {})
 
 
-class TestHelp:
-    async def test_it_names_every_command_and_imports_none_of_the_heavy_parts(self, bare: Cli) -> None:
-        ran = await bare("--help", python=("-X", "importtime"))
-        assert ran.code == 0
-        for command in (
-            "serve",
-            "worker",
-            "migrate",
-            "doctor",
-            "keys",
-            "orgs",
-            "projects",
-            "limits",
-            "models",
-            "import",
-            "version",
-        ):
-            assert command in ran.out
-        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ran.err.splitlines() if "|" in line}
-        assert "rich_click" in imported
-        assert imported & {"sqlalchemy", "litestar", "litellm", "httptools", "asyncpg", "redis", "alembic"} == set()
+def every_command(
+    group: click.Group = commands, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, group
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from every_command(command, (*path, name))
+        else:
+            yield (*path, name), command
 
-    @pytest.mark.parametrize(
-        "command", [("keys",), ("keys", "create"), ("limits", "set"), ("import", "litellm"), ("serve",)]
-    )
-    def test_every_command_explains_itself(self, command: tuple[str, ...]) -> None:
-        ran = CliRunner().invoke(commands, [*command, "--help"])
-        assert ran.exit_code == 0
-        assert "Usage" in ran.stdout
+
+HEAVY = {"alembic", "asyncio", "asyncpg", "httptools", "litellm", "litestar", "redis", "rich.table", "sqlalchemy"} | {
+    "structlog",
+    "uvloop",
+    "yaml",
+    "core.database",
+    "inference.catalog",
+}
+
+
+class TestHelp:
+    @pytest.mark.parametrize("path", [path for path, _ in every_command()], ids=" ".join)
+    async def test_it_imports_none_of_the_heavy_parts(self, bare: Cli, path: tuple[str, ...]) -> None:
+        """Guarantee: every --help is quick, since what a command does is imported when it is run."""
+        ran = await bare(*path, "--help", python=("-X", "importtime"))
+        assert ran.code == 0
+        assert "Usage" in ran.out
+        imported = {line.rpartition("|")[2].strip() for line in ran.err.splitlines() if "|" in line}
+        assert "click" in imported
+        # The list of commands is drawn as one.
+        assert imported & HEAVY <= (set() if path else {"rich.table"})
+
+    async def test_it_names_every_command(self, bare: Cli) -> None:
+        out = (await bare("--help")).out
+        for path, _ in every_command():
+            assert not path or path[0] in out
+
+    def test_every_command_takes_json(self) -> None:
+        for path, command in every_command():
+            assert isinstance(command, click.Group) or any("--json" in param.opts for param in command.params), path
+
+    def test_the_limits_are_those_of_the_gateway(self) -> None:
+        assert (DIMENSIONS, LIMIT_MAX) == (limits.DIMENSIONS, limits.LIMIT_MAX)
 
     async def test_the_version_with_and_without_json(self, bare: Cli) -> None:
         plain = (await bare("version")).out.strip()
@@ -133,6 +162,13 @@ class TestWronglyCalled:
             ("limits", "set", "everybody"),
             ("limits", "set", "organization", "--requests-per-minute", "0"),
             ("limits", "set", "organization", "--tokens-per-day", "a lot"),
+            ("limits", "set", "key"),
+            ("limits", "set", "organization"),
+            ("limits", "set", "organization", "--clear", "everything"),
+            ("limits", "set", "organization", "--clear", "tokens-per-day", "--tokens-per-day", "5"),
+            ("keys", "find"),
+            ("keys", "find", "no_key"),
+            ("keys", "find", "sk-aap-0000", "sk-aap-1111"),
             ("orgs", "create", "x", "--disconnect-policy", "maybe"),
             ("import", "litellm", "/no/such/file"),
         ],
@@ -142,6 +178,40 @@ class TestWronglyCalled:
         ran = CliRunner().invoke(commands, arguments)
         assert (ran.exit_code, ran.stdout) == (2, "")
         assert ran.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "named"),
+        [
+            (("nonsense", "--json"), 2, "nonsense"),
+            (("--json",), 2, "--json"),
+            (("keys", "create", "--json"), 2, "NAME"),
+            (("limits", "set", "--json", "organization", "--tokens-per-day", "a lot"), 2, "a lot"),
+            (("keys", "find", "no_key", "--json"), 2, "no key"),
+            (("orgs", "list", "--json"), 1, "AAP_PORT"),
+            (("serve", "--json"), 1, "AAP_PORT"),
+            (("worker", "--json"), 1, "AAP_PORT"),
+            (("migrate", "--json"), 1, "AAP_PORT"),
+            (("doctor", "--json"), 1, "AAP_PORT"),
+            (("models", "--json"), 1, "AAP_PORT"),
+            (("import", "litellm", "/no/such/file", "--json"), 2, "/no/such/file"),
+        ],
+    )
+    async def test_with_json_the_error_is_json_too(
+        self, bare: Cli, arguments: tuple[str, ...], code: int, named: str
+    ) -> None:
+        ran = await bare(*arguments, AAP_PORT="x")
+        assert (ran.code, ran.out) == (code, "")
+        assert named in ran.json_error()
+
+    async def test_what_follows_two_dashes_is_no_option(self, bare: Cli) -> None:
+        ran = await bare("orgs", "create", "a", "--", "--json")
+        assert ran.code == 2
+        assert "Usage" in ran.err
+
+    async def test_help_stays_help(self, bare: Cli) -> None:
+        ran = await bare("keys", "list", "--help", "--json")
+        assert (ran.code, ran.err) == (0, "")
+        assert "Usage" in ran.out
 
     async def test_settings_that_are_wrong_are_all_named_and_exit_1(self, bare: Cli) -> None:
         ran = await bare("orgs", "list", AAP_PORT="x", DATABASE_URL="mysql://u:hunter2@x")
@@ -210,15 +280,63 @@ class TestTenantsAndKeys:
         for arguments, named in (
             (("keys", "rotate", "key_nope"), "No such key."),
             (("keys", "revoke", "key_nope"), "No such key."),
-            (("keys", "create", "x", "--org", "org_nope"), "No such project."),
+            (("keys", "create", "x", "--org", "org_nope"), "No such organization."),
+            (("keys", "list", "--org", "org_nope"), "No such organization."),
+            (("keys", "find", "sk-aap-0000", "--org", "org_nope"), "No such organization."),
+            (("projects", "list", "--org", "org_nope"), "No such organization."),
+            (("limits", "show", "--org", "org_nope"), "No such organization."),
             (("keys", "create", "x", "--ip", "nonsense"), "nonsense"),
             (("projects", "create", "x", "--org", "org_nope"), "No such organization."),
             (("keys", "list"), "several"),
-            (("limits", "set", "key"), "name the key"),
         ):
             ran = await aap(*arguments)
             assert (ran.code, ran.out) == (1, ""), arguments
             assert named in ran.err
+
+    async def test_what_a_found_text_stands_for(self, aap: Cli) -> None:
+        await aap("orgs", "create", "A")
+        await aap("projects", "create", "P")
+        first, second = [(await aap("keys", "create", name, "--json")).json() for name in ("one", "two")]
+        await aap("keys", "rotate", first["id"], "--grace-hours", "1")
+        secret = first["secret"]
+        for text in (secret, secret.removeprefix("sk-aap-"), f" {secret}\n"):
+            [found] = (await aap("keys", "find", text, "--json")).json()
+            assert (found["id"], found["name"], found["matched"]) == (first["id"], "one", "whole key")
+            assert found["secret_ends_at"] is not None
+        mistyped = secret[:30] + ("a" if secret[30] != "a" else "b") + secret[31:]
+        for text in (secret[:11], secret[:17], secret[7:17], hint(secret), hint(secret).replace("...", "…"), mistyped):
+            [found] = (await aap("keys", "find", text, "--json")).json()
+            assert (found["id"], found["matched"]) == (first["id"], "shown part")
+        piped = await aap("keys", "find", "-", stdin=second["secret"] + "\n")
+        assert second["id"] in piped.out
+        assert second["secret"] not in piped.out + piped.err
+
+    async def test_several_that_are_shown_alike_are_listed_and_a_whole_key_is_one(self, aap: Cli) -> None:
+        made: list[dict[str, str]] = []
+        for name in ("A", "B"):
+            [organization] = (await aap("orgs", "create", name, "--json")).json()
+            await aap("projects", "create", "P", "--org", organization["id"])
+            made.append((await aap("keys", "create", "k", "--org", organization["id"], "--json")).json() | organization)
+        connection = await asyncpg.connect(aap.environ["DATABASE_URL"])
+        # What one in 62^8 would meet by chance.
+        await connection.execute("UPDATE api_key_secrets SET hint = $1", hint(made[0]["secret"]))
+        await connection.close()
+        alike = (await aap("keys", "find", hint(made[0]["secret"]), "--json")).json()
+        assert {found["organization_id"] for found in alike} == {one["id"] for one in made}
+        [mine] = (await aap("keys", "find", hint(made[0]["secret"]), "--org", made[1]["id"], "--json")).json()
+        assert mine["organization_id"] == made[1]["id"]
+        [exact] = (await aap("keys", "find", made[0]["secret"], "--json")).json()
+        assert (exact["organization_id"], exact["matched"]) == (made[0]["id"], "whole key")
+
+    async def test_a_text_that_is_looked_for_is_never_repeated(self, aap: Cli) -> None:
+        await aap("orgs", "create", "A")
+        unknown = mint().text
+        for arguments in ((unknown,), (unknown, unknown), (unknown + "_",), (f"-{unknown}",)):
+            for more in ((), ("--json",)):
+                ran = await aap("keys", "find", *arguments, *more)
+                assert ran.code == (1 if arguments == (unknown,) else 2)
+                assert unknown[7:] not in ran.out + ran.err
+        assert "No such key." in (await aap("keys", "find", unknown)).err
 
     async def test_a_revocation_that_nobody_could_be_told_of_exits_1_and_holds(self, aap: Cli) -> None:
         await aap("orgs", "create", "A")
@@ -242,14 +360,12 @@ class TestTenantsAndKeys:
 
 
 class TestLimits:
-    async def test_they_are_set_replaced_and_shown_beside_the_defaults(self, aap: Cli) -> None:
+    async def test_they_are_set_and_shown_beside_the_defaults(self, aap: Cli) -> None:
         (aap.directory / "aap.toml").write_text(
             "[limits.key]\ntokens_per_day = 77\n[limits.model.demo]\nrequests_per_day = 9\n"
         )
         [organization] = (await aap("orgs", "create", "A", "--json")).json()
-        await aap("limits", "set", "organization", "--requests-per-minute", "5", "--tokens-per-day", "9")
-        row = (await aap("limits", "set", "organization", "--requests-per-minute", "6", "--json")).json()
-        assert (row["id"], row["requests_per_minute"], row["tokens_per_day"]) == (organization["id"], 6, None)
+        await aap("limits", "set", "organization", "--requests-per-minute", "6")
         await aap("limits", "set", "model", "m", "--concurrent-requests", "3")
         shown = {(row["scope"], row["id"]): row for row in (await aap("limits", "show", "--json")).json()}
         assert shown["organization", organization["id"]]["requests_per_minute"] == 6
@@ -257,6 +373,61 @@ class TestLimits:
         assert shown["default key", "*"]["tokens_per_day"] == 77
         assert shown["default model", "demo"]["requests_per_day"] == 9
         assert "77" in (await aap("limits", "show")).out
+
+    async def test_only_what_is_named_changes(self, aap: Cli) -> None:
+        [organization] = (await aap("orgs", "create", "A", "--json")).json()
+
+        async def change(*options: str) -> dict[str, int]:
+            """The limits that hold afterwards, as the command tells them and as they are shown."""
+            told = (await aap("limits", "set", "organization", *options, "--json")).json()
+            shown = [row for row in (await aap("limits", "show", "--json")).json() if row["scope"] == "organization"]
+            assert shown == ([told] if any(told[name] for name in DIMENSIONS) else [])
+            assert told["id"] == organization["id"]
+            return {name: told[name] for name in DIMENSIONS if told[name] is not None}
+
+        assert await change("--requests-per-minute", "5", "--tokens-per-day", "9", "--concurrent-requests", "2") == {
+            "requests_per_minute": 5,
+            "tokens_per_day": 9,
+            "concurrent_requests": 2,
+        }
+        assert await change("--requests-per-minute", "6", "--clear", "concurrent-requests") == {
+            "requests_per_minute": 6,
+            "tokens_per_day": 9,
+        }
+        assert await change("--clear", "tokens-per-day", "--clear", "requests-per-day") == {"requests_per_minute": 6}
+        assert await change("--clear", "all", "--tokens-per-minute", "7") == {"tokens_per_minute": 7}
+        assert await change("--clear", "all") == {}
+        plain = await aap("limits", "set", "organization", "--tokens-per-day", "123456")
+        assert "123456" in plain.out
+        assert "default of aap.toml" in plain.out
+
+    async def test_a_key_and_an_organization_say_whose_limits_they_are(self, aap: Cli) -> None:
+        await aap("orgs", "create", "A")
+        [second] = (await aap("orgs", "create", "B", "--json")).json()
+        await aap("projects", "create", "P", "--org", second["id"])
+        key = (await aap("keys", "create", "k", "--org", second["id"], "--json")).json()
+        assert (await aap("limits", "set", "key", key["id"], "--tokens-per-day", "5")).code == 0
+        assert (await aap("limits", "set", "organization", second["id"], "--tokens-per-day", "6")).code == 0
+        shown = (await aap("limits", "show", "--org", second["id"], "--json")).json()
+        assert {row["id"]: row["tokens_per_day"] for row in shown if row["id"] != "*"} == {
+            key["id"]: 5,
+            second["id"]: 6,
+        }
+
+    async def test_two_who_change_one_scope_at_once_both_have_their_way(self, aap: Cli) -> None:
+        """Guarantee: what another sets between our reading and our writing is kept."""
+        [organization] = (await aap("orgs", "create", "A", "--json")).json()
+        await aap("limits", "set", "organization", "--requests-per-minute", "5")
+        other = await asyncpg.connect(aap.environ["DATABASE_URL"])
+        async with other.transaction():
+            await other.execute("SELECT FROM organizations WHERE id = $1 FOR NO KEY UPDATE", organization["id"])
+            ours = asyncio.create_task(aap("limits", "set", "organization", "--requests-per-day", "7", "--json"))
+            waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND transactionid = pg_current_xact_id()::xid"
+            await eventually(lambda: other.fetchval(waiting), 20)
+            await other.execute("UPDATE rate_limits SET requests_per_minute = 6")
+        await other.close()
+        row = (await ours).json()
+        assert (row["requests_per_minute"], row["requests_per_day"]) == (6, 7)
 
     @pytest.mark.parametrize("target", [("project", "proj_nope"), ("key", "key_nope"), ("organization", "org_nope")])
     async def test_a_limit_for_nobody_is_refused(self, aap: Cli, target: tuple[str, str]) -> None:
@@ -292,6 +463,9 @@ class TestModelsAndDoctor:
         assert re.search(r"^failed +provider p", ran.out, re.MULTILINE)
         assert re.search(r"^ok +postgresql", ran.out, re.MULTILINE)
         assert "hunter2" not in ran.out + ran.err
+        ran = await aap("doctor", "--json", REDIS_URL=f"redis://:hunter2@127.0.0.1:{port}/0")
+        assert ran.json_error() == "failed: redis, provider p"
+        assert {found["result"] for found in msgspec.json.decode(ran.out)} >= {"ok", "failed"}
 
     async def test_a_new_pepper_is_one_that_is_taken(self, bare: Cli) -> None:
         first, second = (
@@ -300,105 +474,5 @@ class TestModelsAndDoctor:
         )
         assert first.partition(":")[2] != second.partition(":")[2]
         assert (await bare("models", AAP_KEY_PEPPERS=first)).code == 0
-
-
-def converted(*entries: object, **more: object) -> Report:
-    return convert({"model_list": list(entries), **more})
-
-
-def entry(model: str, name: str = "m", **params: object) -> dict[str, object]:
-    return {"model_name": name, "litellm_params": {"model": model, **params}}
-
-
-class TestImportLitellm:
-    def test_what_comes_out_is_taken_by_the_gateway(self) -> None:
-        report = converted(
-            entry("gpt-4o", "gpt", api_key="os.environ/OPENAI_KEY", rpm=10, tpm=1_000, weight=2),
-            entry(
-                "azure/deployed", "gpt", api_base="http://127.0.0.1:1/v1", api_key="os.environ/AZURE_KEY", timeout=30
-            ),
-            entry("openrouter/anthropic/claude", "claude", api_key="os.environ/ROUTER_KEY"),
-        )
-        assert (report.models, report.ignored) == (2, [])
-        assert report.variables == ["AZURE_KEY", "OPENAI_KEY", "ROUTER_KEY"]
-        catalog, limits = parse(tomllib.loads(report.toml), dict.fromkeys(report.variables, "x"))
-        first, second = catalog.models["gpt"].deployments
-        assert (first.model, first.weight, first.provider.settings.kind) == ("gpt-4o", 2, "openai")
-        assert (second.model, second.deadlines.first_byte_seconds) == ("deployed", 30)
-        assert second.provider.settings.litellm_provider == "azure"
-        [claude] = catalog.models["claude"].deployments
-        assert (claude.model, claude.provider.settings.litellm_provider) == ("anthropic/claude", "openrouter")
-        assert limits.model["gpt"].requests_per_minute == 10
-
-    def test_a_secret_in_the_file_becomes_a_reference(self) -> None:
-        report = converted(entry("openai/gpt", api_key="sk-inline"))
-        assert "sk-inline" not in report.toml + str(report)
-        assert 'api_key = "env:' in report.toml
-        assert len(report.variables) == 1
-
-    def test_two_secrets_stay_two(self) -> None:
-        """Guarantee: no deployment ends up on another one's account."""
-        report = converted(
-            entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="sk-2"), entry("openai/c", api_key="sk-1")
-        )
-        assert len(report.variables) == 2
-        catalog, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
-        a, b, c = (deployment.provider for deployment in catalog.models["m"].deployments)
-        assert a.api_key == c.api_key != b.api_key
-
-    def test_a_variable_that_the_file_names_is_not_taken_for_an_inline_secret(self) -> None:
-        report = converted(entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="os.environ/OPENAI_API_KEY"))
-        catalog, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
-        a, b = (deployment.provider.api_key for deployment in catalog.models["m"].deployments)
-        assert a != b == "OPENAI_API_KEY"
-
-    @pytest.mark.parametrize(
-        ("odd", "named"),
-        [
-            (entry("openai/a", organization="x"), "organization"),
-            (entry("openai/a", weight=0.5), "weight"),
-            (entry("openai/a", rpm="10"), "rpm"),
-            (entry("openai/a", tpm="lots"), "tpm"),
-            (entry("openai/a", timeout="30s"), "timeout"),
-            ({**entry("openai/a"), "model_info": {"id": "x"}}, "model_info"),
-            (entry("openai/*", "*"), "model_list[0]"),
-            ({"model_name": "m"}, "model_list[0]"),
-            ({"model_name": "m", "litellm_params": [1]}, "model_list[0]"),
-            ("nonsense", "model_list[0]"),
-        ],
-    )
-    def test_what_cannot_be_taken_over_is_named(self, odd: object, named: str) -> None:
-        assert any(named in line for line in converted(odd).ignored)
-
-    def test_whole_sections_are_named(self) -> None:
-        assert converted(router_settings={}, general_settings={}).ignored == [
-            "router_settings (whole)",
-            "general_settings (whole)",
-        ]
-
-    @pytest.mark.parametrize("text", ["", "a: [", "[]", "model_list: 5", "1"])
-    def test_what_is_no_configuration(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "config.yaml").write_text(text)
-        with pytest.raises(ValueError, match="it "):
-            read_litellm(tmp_path / "config.yaml")
-
-    async def test_the_command_writes_once_and_replaces_only_when_told(self, bare: Cli) -> None:
-        source = bare.directory / "config.yaml"
-        source.write_text(
-            "model_list:\n- model_name: m\n  litellm_params: {model: openai/gpt, api_key: sk-inline, foo: 1}\nrouter_settings: {}\n"
-        )
-        shown = await bare("import", "litellm", str(source))
-        assert shown.code == 0
-        assert tomllib.loads(shown.out)["models"]["m"]
-        assert "router_settings" in shown.err
-        assert "litellm_params.foo" in shown.err
-        target = str(bare.directory / "out.toml")
-        assert (await bare("import", "litellm", str(source), "--output", target)).code == 0
-        again = await bare("import", "litellm", str(source), "--output", target)
-        assert again.code == 1
-        assert "--force" in again.err
-        report = (await bare("import", "litellm", str(source), "--output", target, "--force", "--json")).json()
-        assert report["models"] == 1
-        assert "sk-inline" not in str(report) + Path(target).read_text()
-        source.write_text("nonsense")
-        assert (await bare("import", "litellm", str(source))).code == 1
+        third = (await bare("doctor", "--new-pepper", "--json")).json()["pepper"]
+        assert (await bare("models", AAP_KEY_PEPPERS=third)).code == 0

@@ -1,0 +1,76 @@
+"""The settings and the stores that commands work on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from redis.asyncio import Redis
+
+from core import embedded
+from core.configuration import ConfigurationInvalid
+from core.database import DOWN, Database
+from core.embedded import EmbeddedUnavailable
+from core.errors import AppError
+from core.ids import OrganizationId
+from core.migrations import expected_revision, is_current
+from core.redis import connect
+from core.settings import Pepper, Settings, SettingsInvalid, load
+from gateway.cli.common import fail
+from keys import lookup, tenants
+
+_T = TypeVar("_T")
+
+
+class Stores(msgspec.Struct, frozen=True):
+    """The stores that a command works on. The first pepper makes new fingerprints."""
+
+    settings: Settings
+    database: Database
+    redis: Redis
+    peppers: tuple[Pepper, ...]
+
+
+def read_settings() -> Settings:
+    """Return the environment's settings, or end with every problem."""
+    try:
+        return load(os.environ)
+    except SettingsInvalid as error:
+        fail("the settings are not valid:\n  " + "\n  ".join(error.problems))
+
+
+def on_stores(act: Callable[[Stores], Awaitable[_T]]) -> _T:
+    """Run *act* on the configured stores; embedded ones are started for it unless they run already."""
+    settings = read_settings()
+    try:
+        with embedded.stores(settings) as stores:
+            return asyncio.run(_connected(settings, stores, act))
+    except AppError as error:
+        fail(error.message)
+    except (EmbeddedUnavailable, ConfigurationInvalid) as error:
+        fail(str(error))
+    except DOWN as error:
+        fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
+
+
+async def _connected(settings: Settings, stores: embedded.Stores, act: Callable[[Stores], Awaitable[_T]]) -> _T:
+    database = Database(stores.database_url, connections_max=1)
+    redis = connect(stores.redis_url)
+    try:
+        if not await is_current(database):
+            fail(f"the database schema is not at {expected_revision()}: run `aap migrate` (or `aap serve`) first")
+        return await act(Stores(settings, database, redis, stores.peppers))
+    finally:
+        await redis.aclose()
+        await database.close()
+
+
+async def chosen_organization(stores: Stores, org: str | None) -> OrganizationId:
+    """Return the named organization, or the only one there is. Errors: TenantNotFound."""
+    async with stores.database.transaction() as session:
+        if org is None:
+            return (await tenants.only_organization(session)).id
+        return await lookup.require_organization(session, organization_id=OrganizationId(org))

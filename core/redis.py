@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence, Sized
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from redis.asyncio import Redis, RedisCluster
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from core.resp import UNDELIVERED_MAX, RedisUnavailable, Reply, Script, ScriptCall, ScriptConnection
 
@@ -58,6 +58,12 @@ def scripts_for(url: str, scripts: Sequence[Script], *, deadline_seconds: float 
     if url.startswith(CLUSTER_PREFIX):
         return ClusterScripts(url, deadline_seconds=deadline_seconds)
     return ScriptConnection(url, scripts, deadline_seconds=deadline_seconds)
+
+
+_LOOK_SECONDS: Final = 0.5
+_REDELIVERED_AT_ONCE: Final = 100
+# What redis-py raises of a cluster whose nodes are all gone is no RedisError.
+_FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
 class ClusterScripts:
@@ -135,7 +141,7 @@ class ClusterScripts:
         try:
             async with asyncio.timeout(self._deadline_seconds):
                 answers: list[Any] = await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError, TimeoutError):
+        except _FAILURES:
             self._is_up = False
             answers = [RedisUnavailable("the Redis cluster did not answer in time")] * len(batch)
         for (call, future), answer in zip(batch, answers, strict=True):
@@ -145,20 +151,21 @@ class ClusterScripts:
 
     async def _keep_looking(self) -> None:
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(_LOOK_SECONDS)
             if not self._is_up:
                 await self._look()
+            # A few at a time: all at once would take longer than any call may, and count as an outage again.
+            for _ in range(min(len(self.undelivered), _REDELIVERED_AT_ONCE)):
+                self.deliver(self.undelivered.popleft())
 
     async def _look(self) -> None:
         try:
             async with asyncio.timeout(2):
                 await self._client.ping()
-        except (RedisError, OSError, TimeoutError):
+        except _FAILURES:
             self._is_up = False
         else:
             self._is_up = True
-            for _ in range(len(self.undelivered)):
-                self.deliver(self.undelivered.popleft())
 
 
 def _resolve(future: asyncio.Future[Reply] | None, answer: object) -> None:

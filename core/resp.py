@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any, Final, NamedTuple, cast
 
 import hiredis
+import structlog
 from redis.asyncio.connection import SSLConnection, parse_url
 
 Reply = list[int]
@@ -25,7 +26,18 @@ _REDELIVERED_AT_ONCE: Final = 5_000
 # How much longer than its deadline a call waits while Redis answers others.
 _PATIENCE_SECONDS: Final = 0.45
 # Redis is there and cannot run a script just now.
-_PASSING_ERRORS: Final = ("LOADING", "READONLY", "MASTERDOWN", "BUSY", "OOM", "TRYAGAIN", "CLUSTERDOWN")
+_PASSING_ERRORS: Final = (
+    "LOADING",
+    "READONLY",
+    "MASTERDOWN",
+    "BUSY",
+    "OOM",
+    "TRYAGAIN",
+    "CLUSTERDOWN",
+    "NOREPLICAS",
+    "MISCONF",
+)
+_log = structlog.get_logger(__name__)
 
 
 class RedisUnavailable(Exception):
@@ -173,6 +185,8 @@ class _Wire(asyncio.Protocol):
                 # Inside a script Redis 6.2 wraps the reason in words of its own: it stands somewhere in the text.
                 if any(reason in str(answer) for reason in _PASSING_ERRORS):
                     self._undelivered.append(waiting.call)
+                else:
+                    _log.error("redis.command_refused", error=str(answer))
                 # A replica stays one: looking the server up again may find the new primary.
                 if "READONLY" in str(answer):
                     self.close()

@@ -108,12 +108,12 @@ class MethodNotAllowed(Invalid):
 
 
 class RequestTimedOut(Invalid):
-    """The body did not arrive in time."""
+    """The request, head or body, did not arrive in time."""
 
     code = "request_timeout"
 
     def __init__(self) -> None:
-        super().__init__("The request body did not arrive in time.")
+        super().__init__("The request did not arrive in time.")
 
 
 class RouteNotFound(NotFound):

@@ -22,8 +22,6 @@ from keys.limits import LEASE_SECONDS
 from keys.quota import Quota
 
 _TICK_SECONDS: Final = 0.25
-# A client that takes nothing for this long is treated as gone; what it holds up is bounded memory and a connection.
-_WRITE_SECONDS_MAX: Final = 60.0
 _EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 _JSON: Final = b"application/json"
 # nginx and others hold streams back unless told not to.
@@ -31,7 +29,7 @@ _STREAMED: Final = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _KEEP_ALIVE: Final = b": keep-alive\n\n"
 _EVENT_ENDS: Final = (b"\n\n", b"\r\r", b"\r\n\r\n")
 
-Phase = Literal["reading", "waiting", "writing", "running"]
+Phase = Literal["reading", "waiting", "running"]
 _log = structlog.get_logger(__name__)
 
 
@@ -69,25 +67,24 @@ class Run:
         else:
             self.exchange.status = status
             request.respond(status, lines, body)
-        return self._waits()
+        return self._request.is_blocked
 
     def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
         """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""
         if not self._request.is_started:
             self._commit(status, content_type, more, first)
-            return self._waits()
+            return self._request.is_blocked
         return self.write(first)
 
     def write(self, data: bytes) -> bool:
         """Send a part of a stream; tell whether to await `drained` before the next one."""
         self._last = data
         self._request.write(data)
-        return self._waits()
+        return self._request.is_blocked
 
     async def drained(self) -> None:
         """Return when the caller has taken most of what was sent, or is gone."""
         await self._request.drained()
-        self.phase = "running"
 
     def end(self) -> None:
         """End a stream."""
@@ -132,10 +129,6 @@ class Run:
         if principal is not None and principal.disconnect_policy == "abort":
             self.interrupt(ClientGone())
 
-    def give_up_writing(self) -> None:
-        """Hang up on a caller who takes nothing; what then becomes of the call is the organization's policy."""
-        self._request.give_up()
-
     def ping(self) -> None:
         """Send a comment, so that nothing between the caller and us takes a slow first token for a dead connection."""
         if self._request.is_started:
@@ -147,13 +140,6 @@ class Run:
         self.exchange.status = status
         lines = answer_lines(self.exchange, content_type) + _STREAMED + more
         self._request.begin(status, lines, first)
-
-    def _waits(self) -> bool:
-        if not self._request.is_blocked:
-            return False
-        self.phase = "writing"
-        self.since = asyncio.get_running_loop().time()
-        return True
 
 
 class LiveRuns:
@@ -216,9 +202,7 @@ class LiveRuns:
         due: list[Run] = []
         for run in list(self._runs):
             age_seconds = now - run.since
-            if run.phase == "writing" and age_seconds > _WRITE_SECONDS_MAX:
-                run.give_up_writing()
-            elif run.phase == "waiting" and run.exchange.is_stream and age_seconds > self._keepalive_seconds > 0:
+            if run.phase == "waiting" and run.exchange.is_stream and age_seconds > self._keepalive_seconds > 0:
                 run.since = now
                 run.ping()
             if now - run.renewed_at > LEASE_SECONDS / 3:

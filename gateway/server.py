@@ -59,7 +59,9 @@ async def _drain(runtime: Runtime, listener: Listener) -> None:
         runtime.live.interrupt_all()
         await listener.wait_idle(_INTERRUPTED_SECONDS_MAX)
     # Calls whose callers are gone may still be read to their end, for what they cost.
-    await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX)
+    if not await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX):
+        runtime.live.interrupt_all()
+        await runtime.admission.wait_idle(_INTERRUPTED_SECONDS_MAX)
     await listener.close()
     _log.info("gateway.stopped", was_idle=is_idle)
 

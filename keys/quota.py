@@ -1,8 +1,8 @@
 """Rate limits: reserve what a call may use, settle what it did use. By script, exact across processes.
 
 When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
-together stay near the limit; a settlement that cannot be sent is sent when Redis is back (100,000 of them
-at most; until then the reservation stays taken, which is the safe side).
+together stay near the limit; a settlement that cannot be sent is sent when Redis is back (100,000 commands
+of them at most; until then the reservation stays taken, which is the safe side).
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ from urllib.parse import unquote
 
 import structlog
 
+from core.ids import new_id
 from gateway.errors import ClientGone, body_of, status_of
 from gateway.http1.request import HttpRequest, header_lines
 
-_JSON: Final = b"content-type: application/json\r\n"
+_JSON: Final = b"content-type: application/json\r\nx-request-id: %b\r\n"
 # The answer's length is told by what is sent, and its date by the server.
 _SERVERS_OWN: Final = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date"})
 _log = structlog.get_logger(__name__)
@@ -24,8 +25,9 @@ async def serve_asgi(app: Any, request: HttpRequest, body_bytes_max: int) -> Non
         await app(_scope(request), bridge.receive, bridge.send)
     except Exception as error:  # noqa: BLE001 - the edge: a bug must end in an answer
         if not request.is_gone:
-            _log.error("request.broke", exc_info=error)
-            request.respond(status_of(error), _JSON, body_of(error))
+            request_id = new_id("req")
+            _log.error("request.broke", request_id=request_id, exc_info=error)
+            request.respond(status_of(error), _JSON % request_id.encode(), body_of(error))
     finally:
         # An answer that was begun and not ended can only be cut off.
         request.abort()

@@ -25,9 +25,11 @@ _UNASKED_BYTES_MAX: Final = 64 * 1024
 # Longer than the 60 s after which load balancers close, so that it is they who do: then no request meets a closed door.
 _IDLE_SECONDS_MAX: Final = 75.0
 _BODY_SECONDS_MAX: Final = 60.0
+# Requests of one caller that wait while another of its own is answered; what comes behind them is not parsed yet.
+_QUEUED_MAX: Final = 16
 # How long the rest of a refused body is read, so that the caller reads the answer instead of a reset.
 _LINGER_SECONDS_MAX: Final = 10.0
-# How long an answer that is complete may wait for a caller who does not read.
+# How long what was sent may wait for a caller who does not read.
 _FLUSH_SECONDS_MAX: Final = 60.0
 
 
@@ -35,6 +37,7 @@ class ServerConnection(asyncio.Protocol, Receiver):
     """An asyncio Protocol. It has no timer of its own: the server calls `check` twice a second."""
 
     __slots__ = (
+        "_blocked_since",
         "_current",
         "_drain_waiter",
         "_is_lingering",
@@ -73,7 +76,8 @@ class ServerConnection(asyncio.Protocol, Receiver):
         self._turn: asyncio.Future[None] | None = None
         """What the task waits for while there is no request."""
         self._since = server.now
-        """When the present state began: opened, idle, a head begun, lingering, blocked. On the server's clock."""
+        """When this began: to be open, to be idle, a head, a request, to linger. On the server's clock."""
+        self._blocked_since = 0.0
         self.is_blocked = False
         self.peer_address = ""
 
@@ -85,7 +89,7 @@ class ServerConnection(asyncio.Protocol, Receiver):
     @property
     def is_busy(self) -> bool:
         """Whether a request is being answered, or an answer is still on its way out."""
-        return self._current is not None or self.is_blocked
+        return self._current is not None or self._transport.get_write_buffer_size() > 0
 
     def must_close(self) -> bool:
         """Tell whether the server is on its way out."""
@@ -95,26 +99,25 @@ class ServerConnection(asyncio.Protocol, Receiver):
         """Close what has taken too long. *now* is on the server's clock."""
         age_seconds = now - self._since
         current = self._current
-        if current is not None:
+        if (self.is_blocked or self._transport.is_closing()) and now - self._blocked_since > _FLUSH_SECONDS_MAX:
+            self.abort()  # to whoever answers, the caller has hung up
+        elif current is not None:
             # Whoever answers has clocks of its own; how long a body may take is the same for all.
             if current is self._reader.receiving and not current.is_started and age_seconds > _BODY_SECONDS_MAX:
                 self.refuse(RequestTimedOut())
         elif self._is_lingering:
             if age_seconds > _LINGER_SECONDS_MAX:
                 self.abort()
-        elif self.is_blocked or self._transport.is_closing():
-            if age_seconds > _FLUSH_SECONDS_MAX:
-                self.abort()
         elif self._reader.is_in_head:
             if age_seconds > self._server.head_seconds_max:
                 self.refuse(RequestTimedOut())
         elif age_seconds > (_IDLE_SECONDS_MAX if self._was_used else self._server.head_seconds_max):
-            self._transport.close()
+            self._close()
 
     def close_if_idle(self) -> None:
         """Close unless a request is here, or a part of one."""
         if not self.is_busy and not self._reader.is_in_head and not self._is_lingering:
-            self._transport.close()
+            self._close()
 
     # A request calls the following.
 
@@ -134,8 +137,7 @@ class ServerConnection(asyncio.Protocol, Receiver):
 
     def finish(self, request: HttpRequest) -> None:
         """Go on behind *request*, which is answered."""
-        self._server.bodies_bytes -= request.body_bytes
-        request.drop_body()
+        self._server.forget_body(request)
         self._current = None
         self._was_used = True
         self._since = self._server.now
@@ -159,15 +161,13 @@ class ServerConnection(asyncio.Protocol, Receiver):
         connections = self._server.connections
         connections.add(self)
         if len(connections) > self._server.connections_max:
-            self._server.refused += 1
-            self._reader.is_over = True
             self._write_error(GatewayFull())
-            transport.close()
+            self._close()
 
     def data_received(self, data: bytes) -> None:
         """Parse what arrived. Nothing behind a malformed byte is ever read as a request."""
         self._reader.feed(data)
-        if self._queue or self._reader.receiving is not None:
+        if self._queue or self._reader.receiving is not None or self._reader.has_rest:
             self._pace_reading()
 
     def eof_received(self) -> None:
@@ -185,19 +185,16 @@ class ServerConnection(asyncio.Protocol, Receiver):
         self._server.connections.discard(self)
         current, self._current = self._current, None
         if current is not None:
-            self._server.bodies_bytes -= current.body_bytes
+            self._server.forget_body(current)
             current.lose()
-        for waiting in self._queue:
-            self._server.bodies_bytes -= waiting.body_bytes
-            waiting.drop_body()
-        self._queue.clear()
+        self._forget_queue()
         self._wake_drained()
         self._give_turn()
 
     def pause_writing(self) -> None:
         """Note that the caller reads more slowly than it is sent to."""
         self.is_blocked = True
-        self._since = self._server.now
+        self._blocked_since = self._server.now
 
     def resume_writing(self) -> None:
         """Go on where the caller had stopped."""
@@ -214,18 +211,21 @@ class ServerConnection(asyncio.Protocol, Receiver):
             self._since = self._server.now
 
     def take(self, request: HttpRequest) -> None:
-        """Answer *request* now, or behind those that came before it."""
-        if self._current is None:
+        """Answer *request* now, or behind those that came before it and once its caller reads."""
+        if self._current is None and not self.is_blocked:
             self._start(request)
         else:
             self._queue.append(request)
+
+    def is_full(self) -> bool:
+        """Tell whether enough requests wait to be answered."""
+        return len(self._queue) >= _QUEUED_MAX
 
     def body_ended(self, request: HttpRequest) -> None:
         """Note that all of *request* is here."""
         request.complete_body()
         if self._is_lingering:
-            self._reader.is_over = True
-            self._transport.close()
+            self._close()
         elif request.closes:
             self._reader.is_over = True  # the caller said that it sends no more
 
@@ -238,23 +238,24 @@ class ServerConnection(asyncio.Protocol, Receiver):
         if reader.is_over:
             return
         reader.is_over = True
-        self._server.refused += 1
         current = self._current
         if self._is_lingering:
-            self._transport.close()
+            self._close()
         elif current is None:
             self._write_error(error)
             self._end(is_body_complete=False)
         elif current is not reader.receiving:
             if reader.receiving is not None:
-                self._queue.remove(reader.receiving)  # the one that is broken; those before it are whole
+                # The one that is broken; those before it are whole.
+                self._queue.remove(reader.receiving)
+                self._server.forget_body(reader.receiving)
             self._tail_error = error
         elif current.is_started:
             self.abort()
         else:
             self._write_error(error)
             self._current = None
-            self._server.bodies_bytes -= current.body_bytes
+            self._server.forget_body(current)
             current.refuse_body(told or error)
             current.lose()
             self._end(is_body_complete=False)
@@ -281,8 +282,10 @@ class ServerConnection(asyncio.Protocol, Receiver):
                     continue
                 await self._server.dispatch(request)
                 if self._current is request:  # it broke its promise to answer, or to abort
-                    self.abort()
                     return
+                if self._current is not None:
+                    # The next of a pipeline is here already: other connections come first.
+                    await asyncio.sleep(0)
         finally:
             if not self._is_lost:
                 self.abort()
@@ -296,7 +299,9 @@ class ServerConnection(asyncio.Protocol, Receiver):
         """Answer the next request, if it is here already."""
         if self._queue:
             self._start(self._queue.popleft())
-        elif self._tail_error is not None:
+        if self._reader.has_rest and not self.is_full():
+            self._reader.go_on()
+        if self._current is None and self._tail_error is not None:
             error, self._tail_error = self._tail_error, None
             self._write_error(error)
             self._end(is_body_complete=False)
@@ -305,25 +310,37 @@ class ServerConnection(asyncio.Protocol, Receiver):
 
     def _end(self, *, is_body_complete: bool) -> None:
         """Close when all is sent; keep on reading a body that still comes, or its end would reset our answer."""
-        self._queue.clear()
+        self._forget_queue()
         if is_body_complete or self._transport.is_closing():
-            self._reader.is_over = True
-            self._transport.close()
+            self._close()
             return
         self._is_lingering = True
         self._since = self._server.now
         self._transport.write_eof()
         self._pace_reading()
 
+    def _close(self) -> None:
+        """Close when all is sent."""
+        self._reader.is_over = True
+        self._blocked_since = self._server.now
+        self._transport.close()
+
+    def _forget_queue(self) -> None:
+        for request in self._queue:
+            self._server.forget_body(request)
+        self._queue.clear()
+
     def _write_error(self, error: AppError) -> None:
-        lines = self._server.refusal_lines() + header_lines(headers_of(error))
+        lines = self._server.refusal_lines(error) + header_lines(headers_of(error))
         self._transport.write(whole_answer(status_of(error), self.date_line + lines, body_of(error), closes=True))
 
     def _pace_reading(self) -> None:
         """Read, unless what was read already waits for somebody to ask for it."""
         receiving = self._reader.receiving
-        is_ahead = bool(self._queue) or (
-            receiving is not None and not receiving.is_body_wanted and receiving.body_bytes > _UNASKED_BYTES_MAX
+        is_ahead = (
+            bool(self._queue)
+            or self._reader.has_rest
+            or (receiving is not None and not receiving.is_body_wanted and receiving.body_bytes > _UNASKED_BYTES_MAX)
         )
         if is_ahead == self._is_reading_paused or self._is_lost:
             return

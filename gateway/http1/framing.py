@@ -2,8 +2,9 @@
 
 llhttp (strict by default) itself refuses obs-fold, bytes that are no header, bare CR or LF, a repeated Content-Length,
 Content-Length beside Transfer-Encoding, and chunk sizes that are no plain hexadecimal number. It lets through, and this
-module refuses: versions other than 1.0 and 1.1, any Transfer-Encoding but one `chunked`, no Host or several, heads,
-chunk extensions and trailers without bound, and changes of protocol (which are ignored, as RFC 9110, 7.8 allows).
+package refuses: versions other than 1.0 and 1.1 (RTSP/1.0 and ICE/1.0 are HTTP/1.0 to it, and so to us), any
+Transfer-Encoding but one `chunked`, no Host or several, heads, chunk extensions and trailers without bound. An offered
+change of protocol is not taken up (RFC 9110, 7.8).
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ _SMALL_BODY_BYTES: Final = 64 * 1024
 # What a body may spend on chunk sizes, extensions and trailers; 16 bytes per byte allow for chunks of one byte.
 _FRAMING_BYTES_FREE: Final = 64 * 1024
 _FRAMING_BYTES_PER_BODY_BYTE: Final = 16
-# As much is parsed before bounds are looked at.
-_SLICE_BYTES: Final = 16 * 1024
+# As much is parsed before bounds are looked at: of heads less, since 4 kB may hold a hundred pipelined requests.
+_HEAD_SLICE_BYTES: Final = 4 * 1024
+_BODY_SLICE_BYTES: Final = 16 * 1024
 _THROWN_AWAY_BYTES_MAX: Final = 32 * 1024 * 1024
 
 
@@ -42,8 +43,12 @@ class Receiver(Wire):
         """Note that all of *request* is here."""
 
     @abc.abstractmethod
-    def refuse(self, error: AppError) -> None:
-        """Answer with *error* and close."""
+    def is_full(self) -> bool:
+        """Tell whether enough requests wait to be answered."""
+
+    @abc.abstractmethod
+    def refuse(self, error: AppError, *, told: AppError | None = None) -> None:
+        """Answer with *error* and close. Who waits for the body gets *told*, or else *error*."""
 
 
 class RequestReader:
@@ -53,8 +58,10 @@ class RequestReader:
         "_framing_bytes",
         "_head_bytes",
         "_headers",
+        "_is_staying",
         "_parser",
         "_receiver",
+        "_rest",
         "_server",
         "_target",
         "_thrown_away_bytes",
@@ -64,7 +71,11 @@ class RequestReader:
     )
 
     def __init__(self, receiver: Receiver, server: ServerState) -> None:
-        self._receiver = receiver
+        self._receiver: Any = receiver
+        self._rest = b""
+        """What arrived and is not parsed yet, because enough requests wait."""
+        self._is_staying = False
+        """Whether a new protocol was offered, and the body is read in this one."""
         self._server = server
         self._parser: Any = httptools.HttpRequestParser(self)
         self._headers: list[tuple[bytes, bytes]] = []
@@ -77,19 +88,33 @@ class RequestReader:
         self.receiving: HttpRequest | None = None
         """The request whose body is arriving."""
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether something has arrived that was not looked at yet."""
+        return bool(self._rest)
+
     def feed(self, data: bytes) -> None:
-        """Parse what arrived: in slices, so that bounds hold inside what arrived at once as well."""
-        if len(data) <= _SLICE_BYTES:
+        """Take what arrived, and parse it as far as there is room for requests."""
+        if not self._rest and len(data) <= _HEAD_SLICE_BYTES and not self._receiver.is_full():
             self._feed(data)
-            return
-        view = memoryview(data)
-        for at in range(0, len(data), _SLICE_BYTES):
-            self._feed(view[at : at + _SLICE_BYTES])
+        else:
+            self._rest += data
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Parse what is here: in slices, so that bounds hold inside what arrived at once as well."""
+        view, at = memoryview(self._rest), 0
+        while at < len(view) and (self.is_over or not self._receiver.is_full()):
+            size = _HEAD_SLICE_BYTES if self.receiving is None else _BODY_SLICE_BYTES
+            self._feed(view[at : at + size])
+            at += size
+        self._rest = bytes(view[at:])
 
     def close(self) -> None:
-        """Drop the parser, which refers back to this object: without it, no garbage collection is needed."""
+        """Cut the ties to parser and connection, which refer back to this object."""
         self.is_over = True
-        self._parser = self.receiving = None
+        self._rest = b""
+        self._parser = self._receiver = self.receiving = None
 
     def _feed(self, data: bytes | memoryview) -> None:
         if self.is_over:
@@ -99,8 +124,9 @@ class RequestReader:
         body_bytes_before = receiving.body_bytes if receiving is not None else 0
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.is_over = True  # we stay with HTTP/1.1; what follows is in a protocol that we did not agree to
+        except httptools.HttpParserUpgrade as upgrade:
+            self._stay(data[upgrade.args[0] :])
+            return
         except httptools.HttpParserError:
             self._receiver.refuse(RequestMalformed())
         if self.is_over:
@@ -115,8 +141,23 @@ class RequestReader:
             elif receiving.length is None:
                 self._bound_framing(receiving, len(data), body_bytes_before)
 
+    def _stay(self, rest: bytes | memoryview) -> None:
+        """Go on in HTTP/1.1 when another protocol was offered, as a server may (RFC 9110, 7.8).
+
+        llhttp takes what follows for the new protocol, a body too: another parser, told only of its framing, reads it.
+        """
+        request = self.receiving
+        if request is None:
+            self.is_over = True
+            return
+        self._is_staying = True
+        self._parser = httptools.HttpRequestParser(self)
+        framing = b"transfer-encoding: chunked" if request.length is None else b"content-length: %d" % request.length
+        self._parser.feed_data(b"POST / HTTP/1.1\r\nhost: x\r\n%b\r\n\r\n" % framing)
+        self._feed(rest)
+
     def _is_head_too_large(self) -> bool:
-        """Tell it of a head that came in several slices: its last one was not counted yet."""
+        """Tell whether a head that came in several slices was larger than its bound after its last one."""
         if not self._head_bytes:
             return False
         return len(self._target) + sum(len(name) + len(value) + 4 for name, value in self._headers) > HEAD_BYTES_MAX
@@ -137,6 +178,8 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         """Begin a head."""
+        if self._is_staying:
+            return
         self.is_in_head = True
         self._head_bytes = 0
         self._headers = []
@@ -145,7 +188,8 @@ class RequestReader:
 
     def on_url(self, piece: bytes) -> None:
         """Keep a piece of the target."""
-        self._target += piece
+        if self.is_in_head:
+            self._target += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header. Trailers are read over: nothing behind a body says who calls."""
@@ -154,9 +198,10 @@ class RequestReader:
 
     def on_headers_complete(self) -> None:
         """Make a request of the head, or refuse it."""
-        self.is_in_head = False
-        if self.is_over:
+        if self.is_over or not self.is_in_head:
+            self.is_in_head = False
             return
+        self.is_in_head = False
         parser = self._parser
         version = parser.get_http_version()
         request = HttpRequest(self._receiver, parser.get_method(), self._target, self._headers)
@@ -167,6 +212,7 @@ class RequestReader:
             self.receiving = None
             self._receiver.refuse(error)
             return
+        self._headers = []
         self.receiving = request
         self._framing_bytes = self._thrown_away_bytes = 0
         self._receiver.take(request)
@@ -188,6 +234,8 @@ class RequestReader:
         """Note the end of a body."""
         request = self.receiving
         if request is None or self.is_over:
+            return
+        if request.has_body and not self._is_staying and self._parser.should_upgrade():
             return
         self.receiving = None
         self._receiver.body_ended(request)

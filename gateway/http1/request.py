@@ -13,7 +13,9 @@ import httptools
 from core.errors import AppError
 from gateway.errors import BodyTooLarge, ClientGone, Headers
 
-_STATUS_LINES: Final = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in HTTPStatus}
+_PHRASES: Final = {status.value: status.phrase.encode() for status in HTTPStatus}
+# Also of the codes that only some providers and proxies use (498, 525, 530 …): they are passed on.
+_STATUS_LINES: Final = {code: b"HTTP/1.1 %d %b\r\n" % (code, _PHRASES.get(code, b"")) for code in range(200, 600)}
 # Statuses that have no body, and no length of one either (RFC 9110, 8.6).
 _BODILESS: Final = frozenset({204, 304})
 _CLOSE: Final = b"connection: close\r\n"
@@ -131,6 +133,11 @@ class HttpRequest:
         return self._wire.is_blocked
 
     @property
+    def has_body(self) -> bool:
+        """Whether the head announces a body."""
+        return bool(self.length) or b"transfer-encoding" in self.found
+
+    @property
     def takes_body(self) -> bool:
         """Whether anybody may still want the body."""
         return self._body_error is None and not self.is_ended
@@ -170,29 +177,28 @@ class HttpRequest:
         """Send a whole answer. *lines* are header lines, each with its line end."""
         if self.is_gone or self.is_started:
             return
-        self.is_started = True
         self._close_if_due()
         lines = self._wire.date_line + lines
-        self._wire.send(whole_answer(status, lines, body, closes=self.closes, is_head=self.method == b"HEAD"))
+        answer = whole_answer(status, lines, body, closes=self.closes, is_head=self.method == b"HEAD")
+        self.is_started = True
+        self._wire.send(answer)
         self._end()
 
     def begin(self, status: int, lines: bytes, first: bytes) -> None:
         """Send the head of an answer whose length is unknown, together with its *first* bytes."""
         if self.is_gone or self.is_started:
             return
-        self.is_started = True
         # HTTP/1.0 knows no chunks: there the connection's end is the body's.
         self._close_if_due()
-        self._wire.send(
-            b"%b%b%b%b\r\n%b"
-            % (
-                _STATUS_LINES[status],
-                self._wire.date_line,
-                lines,
-                _CLOSE if self.is_http10 else (_CHUNKED + _CLOSE if self.closes else _CHUNKED),
-                self._framed(first) if first else b"",
-            )
+        head = b"%b%b%b%b\r\n%b" % (
+            _STATUS_LINES[status],
+            self._wire.date_line,
+            lines,
+            _CLOSE if self.is_http10 else (_CHUNKED + _CLOSE if self.closes else _CHUNKED),
+            self._framed(first) if first else b"",
         )
+        self.is_started = True
+        self._wire.send(head)
 
     def write(self, data: bytes) -> None:
         """Send the next bytes of an answer that has begun."""
@@ -212,14 +218,11 @@ class HttpRequest:
         await self._wire.drained()
 
     def abort(self) -> None:
-        """Close the connection: what was sent is all that the caller gets. Idempotent; nothing after the end."""
+        """Close the connection: what was sent is all that the caller gets. Does nothing after the end or a hang-up."""
         if not self.is_ended:
             self.is_ended = True
-            self._wire.abort()
-
-    def give_up(self) -> None:
-        """Close the connection of a caller who does not read: to everybody else it has hung up."""
-        self._wire.abort()
+            if not self.is_gone:
+                self._wire.abort()
 
     # The connection calls the following.
 
@@ -241,7 +244,7 @@ class HttpRequest:
         """Let who reads the body have *error*; what comes of it is thrown away."""
         self._body_error = error
         self.drop_body()
-        self.wake()
+        self._wake()
 
     def drop_body(self) -> None:
         """Free the memory of the body."""
@@ -251,18 +254,18 @@ class HttpRequest:
     def complete_body(self) -> None:
         """Note that the body has arrived."""
         self.is_body_complete = True
-        self.wake()
+        self._wake()
 
     def lose(self) -> None:
         """Note that the caller is gone."""
         self.is_gone = True
-        self.wake()
+        self._wake()
         on_hang_up = self.on_hang_up
         if on_hang_up is not None and not self.is_ended:
             self.on_hang_up = None
             on_hang_up()
 
-    def wake(self) -> None:
+    def _wake(self) -> None:
         """Let who waits for the body look again."""
         waiter = self._body_waiter
         if waiter is not None and not waiter.done():

@@ -7,9 +7,14 @@ from collections.abc import Callable, Coroutine
 from email.utils import formatdate
 from typing import Any
 
+import structlog
+
+from core.errors import AppError
 from core.ids import new_id
 from core.settings import EdgeSettings
 from gateway.http1.request import HttpRequest, Wire
+
+_log = structlog.get_logger(__name__)
 
 
 class ServerState:
@@ -50,6 +55,14 @@ class ServerState:
         self.now = time.monotonic()
         self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode()
 
-    def refusal_lines(self) -> bytes:
-        """Return the headers of an answer to what is no request, ahead of those that its error has."""
-        return b"content-type: application/json\r\nx-request-id: %b\r\n" % new_id("req").encode()
+    def refusal_lines(self, error: AppError) -> bytes:
+        """Return the headers of the answer to what is no request, ahead of those that *error* has; count and log it."""
+        self.refused += 1
+        request_id = new_id("req")
+        _log.info("request.refused", request_id=request_id, code=error.code)
+        return b"content-type: application/json\r\nx-request-id: %b\r\n" % request_id.encode()
+
+    def forget_body(self, request: HttpRequest) -> None:
+        """Give the memory of a request's body back."""
+        self.bodies_bytes -= request.body_bytes
+        request.drop_body()

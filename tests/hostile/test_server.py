@@ -11,7 +11,8 @@ import pytest
 
 from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway, config_for
-from tests.harness.provider import FakeProvider, stream
+from tests.harness.memory import resident_bytes
+from tests.harness.provider import FakeProvider, answer, chat_answer, stream
 from tests.harness.raw import RawConnection, call, chat, post
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant
@@ -82,6 +83,101 @@ async def _is(gateway: Gateway, name: str, value: float) -> bool:
 
 async def _serves(gateway: Gateway) -> bool:
     return (await call(gateway.port, _GET)).status == 200
+
+
+class TestPipelines:
+    async def test_a_pipeline_holds_nobody_else_up(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        """Guarantee: ten thousand requests in one write are answered, in turn with those of others."""
+        flood = [await RawConnection.open(gateway.port) for _ in range(8)]
+        reading = [asyncio.create_task(_count_answers(connection, 8_000)) for connection in flood]
+        for connection in flood:
+            connection.writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n" * 8_000)
+        answered = 0
+        while not all(task.done() for task in reading):
+            started_at = asyncio.get_running_loop().time()
+            assert (await call(gateway.port, post(PATH, tenant.key, chat()))).status == 200
+            answered += asyncio.get_running_loop().time() - started_at < 2
+        assert answered >= 3
+        assert [await task for task in reading] == [8_000] * 8
+        for connection in flood:
+            connection.close()
+
+    async def test_bodies_of_a_pipeline_are_forgotten_however_it_ends(self, gateway: Gateway, tenant: Tenant) -> None:
+        """Guarantee: the memory that bodies take is given back, or in time every large body would be refused."""
+        body = _large("sk-wrong", 90_000)
+        chunked = b"POST /v1/models HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        tails = [
+            b"GET /livez HTTP/1.0\r\nconnection: keep-alive\r\n\r\n" + body,
+            _GET + chunked + b"15f90\r\n" + b"a" * 90_000 + b"\r\nZZ",
+            _GET + body + body[:-50],
+            b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" + body,
+            body + body,
+        ]
+        for tail in tails:
+            await spoken(gateway.port, tail)
+        await eventually(lambda: _is(gateway, "aap_request_bodies_bytes", 0))
+
+    async def test_who_reads_nothing_is_not_answered_without_end(self, gateway: Gateway) -> None:
+        """Guarantee: what waits for one caller who does not read is bounded, also when it asks for a little at a time."""
+        connection = await RawConnection.open(gateway.port)
+        connection.writer.transport.pause_reading()
+        before = resident_bytes(gateway.processes[0].pid)
+        sent = 0
+        try:
+            async with asyncio.timeout(2):
+                while sent < 60_000:
+                    await connection.send(_GET * 50)
+                    sent += 50
+        except TimeoutError:
+            pass
+        assert resident_bytes(gateway.processes[0].pid) - before < 8 * _MEGABYTE
+        connection.reset()
+
+
+async def _count_answers(connection: RawConnection, count: int) -> int:
+    for answered in range(count):
+        if (await connection.answer()).status != 200:
+            return answered
+    return count
+
+
+class TestOfferedProtocols:
+    @pytest.mark.parametrize("framing", ["length", "chunks"])
+    @pytest.mark.parametrize("is_apart", [False, True])
+    async def test_a_request_that_offers_h2c_is_answered_in_http_1(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, framing: str, is_apart: bool
+    ) -> None:
+        """Guarantee: what Java's and Kotlin's clients send with every first request costs nobody their body."""
+        body = chat(text="outer")
+        head = post(PATH, tenant.key, body).partition(b"\r\n\r\n")[0]
+        head += b"\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAARAAAAAAAIAAAAA"
+        if framing == "chunks":
+            head = re.sub(rb"(?i)content-length: \d+", b"transfer-encoding: chunked", head)
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        connection = await RawConnection.open(gateway.port)
+        if is_apart:
+            await connection.send(head + b"\r\n\r\n")
+            await moment(0.05)
+            await connection.send(body + _GET)
+        else:
+            await connection.send(head + b"\r\n\r\n" + body + _GET)
+        got = await connection.answer()
+        assert (got.status, got.headers["connection"]) == (200, "close")
+        assert await connection.reader.read() == b""
+        assert b"outer" in provider.received[0].body
+        connection.close()
+
+
+class TestStatuses:
+    @pytest.mark.parametrize("status", [299, 498, 499, 599])
+    async def test_a_status_that_has_no_name_is_passed_on(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, status: int
+    ) -> None:
+        provider.scripts.append(answer(chat_answer(), status=status))
+        got = await call(gateway.port, post(PATH, tenant.key, chat()))
+        assert (got.status, got.body) == (status, chat_answer())
 
 
 class TestRefusals:

@@ -2,7 +2,8 @@
 
 A process of its own: `python -m bench.load --core N` reads one LoadPlan (JSON) from stdin, prints `open` when the
 measured window begins and `shut` when it ends (whoever watches the target's CPU time reads it then), and last one
-LoadResult (JSON). In-process use: `await run_load(plan)`. It refuses every target that is not on loopback.
+LoadResult (JSON); `--result FILE` writes it there instead. In-process use: `await run_load(plan)`. It refuses every
+target that is not on loopback.
 
 The clock of a request starts when it is written; one that waits for a connection has not started. Callers are a closed
 loop: the next request follows the previous answer at once. Streams are the same loop with longer answers.
@@ -16,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import httptools
 import msgspec
@@ -251,12 +253,16 @@ async def _keep_calling(run: _Run, callers: dict[int, Caller], index: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--core", type=int, help="the CPU core to stay on")
+    parser.add_argument("--result", type=Path, help="where the LoadResult goes instead of stdout")
     arguments = parser.parse_args()
     if arguments.core is not None:
         os.sched_setaffinity(0, {arguments.core})
     plan = msgspec.json.decode(sys.stdin.buffer.read(), type=LoadPlan)
     gc.disable()  # bounded in time, and a collection would show as a slow target
     result = uvloop.run(run_load(plan, announce=lambda word: print(word, flush=True)))
+    if arguments.result is not None:
+        arguments.result.write_bytes(msgspec.json.encode(result))
+        return
     sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
     sys.stdout.buffer.flush()
 

@@ -8,7 +8,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -102,8 +104,14 @@ def run_once(subject: Subject, scenario: Scenario) -> Figures:
         is_stream=scenario.is_stream,
         stream_events=max(1, scenario.stream_events - subject.events_missing_max) if scenario.is_stream else 0,
     )
+    # A file: of some hundred kilobytes through a pipe a part was missing now and then.
+    with tempfile.NamedTemporaryFile(prefix="aap-bench-load-") as file:
+        return _watched(plan, subject, scenario, Path(file.name))
+
+
+def _watched(plan: LoadPlan, subject: Subject, scenario: Scenario, result_path: Path) -> Figures:
     before = subject.read()
-    command = [sys.executable, "-m", "bench.load", "--core", str(LOAD_CORE)]
+    command = [sys.executable, "-m", "bench.load", "--core", str(LOAD_CORE), "--result", str(result_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY) as process:
         process.stdin.write(msgspec.json.encode(plan))
         process.stdin.close()
@@ -111,7 +119,7 @@ def run_once(subject: Subject, scenario: Scenario) -> Figures:
         opened, core_opened = subject.read(), read_core(LOAD_CORE)
         process.stdout.readline()  # shut
         shut, core_shut = subject.read(), read_core(LOAD_CORE)
-        text = process.stdout.read()
+    text = result_path.read_bytes()
     try:
         result = msgspec.json.decode(text, type=LoadResult)
     except msgspec.DecodeError:

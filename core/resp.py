@@ -106,6 +106,8 @@ class ScriptCall(NamedTuple):
 
 def bulks(parts: tuple[bytes, ...]) -> bytes:
     """Encode *parts* as RESP bulk strings: one formatting for all of them costs half of one for each."""
+    if len(parts) == 1:
+        return bulk(parts[0])
     return b"$%d\r\n%b\r\n" * len(parts) % tuple(chain.from_iterable(zip(map(len, parts), parts, strict=True)))
 
 
@@ -168,11 +170,9 @@ class _Wire(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.answered_at = self._loop.time()
         self._reader.feed(data)
-        while True:
-            answer = self._reader.gets()
-            if answer is False:
-                return
-            self._settle(self.waiting.popleft(), answer)
+        gets, waiting = self._reader.gets, self.waiting
+        while (answer := gets()) is not False:
+            self._settle(waiting.popleft(), answer)
 
     def _settle(self, waiting: _Waiting, answer: object) -> None:
         if isinstance(answer, hiredis.ReplyError) and waiting.call and str(answer).startswith("NOSCRIPT"):

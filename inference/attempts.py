@@ -71,11 +71,8 @@ async def open_answer(
     failed: list[Deployment] = []
     last: UpstreamError | _Refused | None = None
     for attempt in range(1, _ATTEMPTS_MAX + 1):
-        try:
-            deployment = policy.router.choose(model, failed)
-        except NoDeploymentAvailable:
-            if last is None:
-                raise
+        deployment = _chosen(policy.router, model, failed)
+        if deployment is None:
             break
         if deployment in failed:
             await asyncio.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
@@ -83,51 +80,60 @@ async def open_answer(
         # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
         exchange.tokens_estimated, exchange.is_estimated = (request.prompt_tokens, 0), True
         exchange.deployment = deployment
+        is_first = deployment not in failed
+        call = UpstreamCall(exchange.endpoint, request, deployment)
         try:
-            call = UpstreamCall(exchange.endpoint, request, deployment)
-            return await _attempt(policy, call, is_first=deployment not in failed)
-        except AppError:
-            # Refused on our side: no provider has seen it.
-            exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
-            raise
+            answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
+            # An answer that is not streamed is judged by its status alone.
+            first = b"" if answer.status == 200 and not request.is_stream else await _first_bytes(answer, call)
         except (UpstreamError, _Refused) as error:
+            _note_failure(policy.router, deployment, error, is_first=is_first)
             last = error
             failed.append(deployment)
+        except BaseException as error:
+            policy.router.released(deployment)
+            if isinstance(error, AppError):
+                # Refused on our side: no provider has seen it.
+                exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
+            raise
+        else:
+            policy.router.succeeded(deployment)
+            return answer, first
         if not policy.router.has_other(model, failed) and not _is_passing(last):
             break
     assert last is not None
+    return _ended(exchange, last), b""
+
+
+def _chosen(router: Router, model: Model, failed: list[Deployment]) -> Deployment | None:
+    """Return where to try next, None if nowhere. Errors: NoDeploymentAvailable if nothing was tried yet."""
+    try:
+        return router.choose(model, failed)
+    except NoDeploymentAvailable:
+        if not failed:
+            raise
+        return None
+
+
+def _ended(exchange: Exchange, last: UpstreamError | _Refused) -> Answer:
+    """Return what the caller gets when no attempt helped. Errors: those of `open_answer`."""
     if isinstance(last, _Refused | ConnectFailed | ConnectTimedOut):
         # Refused, or never reached: nothing was used.
         exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
     if isinstance(last, UpstreamError):
         raise last
-    return _passed_on(last.answer), b""
+    return _passed_on(last.answer)
 
 
-async def _attempt(policy: AttemptPolicy, call: UpstreamCall, *, is_first: bool) -> tuple[Answer, bytes]:
-    """Try one deployment. A call counts against its health once: one bad request must not rest it for everybody."""
-    router, deployment = policy.router, call.deployment
-    try:
-        answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
-        first = b"" if answer.status == 200 and not call.request.is_stream else await _first_bytes(answer, call)
-    except _Refused as refused:
-        # A full provider is not a broken one: it is rested for as long as it asks, and not otherwise.
-        if is_first and (refused.answer.status != 429 or refused.rest_seconds is not None):
-            router.failed(deployment, rest_seconds=refused.rest_seconds)
-        else:
-            router.released(deployment)
-        raise
-    except UpstreamError:
-        if is_first:
-            router.failed(deployment)
-        else:
-            router.released(deployment)
-        raise
-    except BaseException:
+def _note_failure(router: Router, deployment: Deployment, error: UpstreamError | _Refused, *, is_first: bool) -> None:
+    """Count a failure against a deployment's health, once a call: one bad request must not rest it for everybody."""
+    rest_seconds = error.rest_seconds if isinstance(error, _Refused) else None
+    # A full provider is not a broken one: it is rested for as long as it asks, and not otherwise.
+    is_only_full = isinstance(error, _Refused) and error.answer.status == 429 and rest_seconds is None
+    if is_first and not is_only_full:
+        router.failed(deployment, rest_seconds=rest_seconds)
+    else:
         router.released(deployment)
-        raise
-    router.succeeded(deployment)
-    return answer, first
 
 
 async def _first_bytes(answer: Answer, call: UpstreamCall) -> bytes:

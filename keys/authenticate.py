@@ -66,7 +66,7 @@ class Authenticator:
         self._defaults = defaults
         self._is_feed_live = is_feed_live
         # Cache keys are digests under a key of this process: a memory dump holds no credential.
-        self._cache_key = random.token_bytes(32)
+        self._cache_hash = hashlib.blake2b(key=random.token_bytes(32), digest_size=32)
         self._entries: dict[bytes, _Entry] = {}
         self._by_key: dict[KeyId, set[bytes]] = {}
         self._unknown: OrderedDict[bytes, float] = OrderedDict()
@@ -120,7 +120,9 @@ class Authenticator:
         self._unknown.clear()
 
     def _digest(self, token: bytes) -> bytes:
-        return hashlib.blake2b(token, key=self._cache_key, digest_size=32).digest()
+        digest = self._cache_hash.copy()
+        digest.update(token)
+        return digest.digest()
 
     async def _find(self, token: bytes, address: Callable[[], str]) -> Principal:
         digest = self._digest(token)

@@ -82,12 +82,13 @@ class HotRoutes:
             raise MethodNotAllowed("POST")
         exchange = run.exchange
         credential = credential_in(request.headers)
-        principal = self._authenticator.recall(credential) if credential else None
+
+        def address() -> str:
+            return client_address(request.peer_address, request.headers, self._settings.trusted_proxies)
+
+        principal = self._authenticator.recall(credential, address) if credential else None
         if principal is None:
-            principal = await self._authenticator.authenticate(
-                credential,
-                lambda: client_address(request.peer_address, request.headers, self._settings.trusted_proxies),
-            )
+            principal = await self._authenticator.authenticate(credential, address)
         exchange.principal = principal
         content_type = _content_type(request.found, exchange.endpoint)
         if not self._admission.enter_nowait():

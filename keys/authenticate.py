@@ -23,8 +23,9 @@ from core.database import DOWN, Database
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Pepper
 from keys import secrets
+from keys.dimensions import DIMENSIONS
 from keys.errors import AuthenticationUnavailable, KeyIncorrect, KeyMissing, TooManyFailures
-from keys.limits import DIMENSIONS, DefaultLimits, RateLimits
+from keys.limits import DefaultLimits, RateLimits
 from keys.principal import Grants, Limits, Principal
 from keys.tables import KeyRow, KeySecretRow, OrganizationRow, RateLimitRow
 
@@ -82,23 +83,26 @@ class Authenticator:
         """
         if not token:
             raise KeyMissing
-        principal = self.recall(token) or await self._find(token, address)
-        if principal.usable_until_seconds <= time.time():
+        known = self.recall(token, address)
+        return known or self._admitted(await self._find(token, address), token, address)
+
+    def recall(self, token: bytes, address: Callable[[], str]) -> Principal | None:
+        """As `authenticate`, without waiting; None when PostgreSQL must be asked.
+
+        Without a live feed of changes that is always: what is cached may have been revoked.
+        Errors: KeyIncorrect, AddressNotAllowed.
+        """
+        entry = self._entries.get(self._digest(token))
+        if entry is None or not self._is_feed_live() or time.time() - entry.loaded_at >= _AGE_SECONDS_MAX:
+            return None
+        return self._admitted(entry.principal, token, address)
+
+    def _admitted(self, principal: Principal, token: bytes, address: Callable[[], str]) -> Principal:
+        now = time.time()
+        if principal.usable_until_seconds <= now:
             raise KeyIncorrect(secrets.hint(token.decode("latin-1")), "It has expired or has been revoked.")
         if principal.grants.ip_networks is not None:
             principal.require_address(address())
-        self.last_used[principal.key_id] = time.time()
-        return principal
-
-    def recall(self, token: bytes) -> Principal | None:
-        """Return who holds *token* if that is known and certain here and now; None says to ask `authenticate`."""
-        entry = self._entries.get(self._digest(token))
-        now = time.time()
-        if entry is None or not self._is_feed_live() or now - entry.loaded_at >= _AGE_SECONDS_MAX:
-            return None
-        principal = entry.principal
-        if principal.usable_until_seconds <= now or principal.grants.ip_networks is not None:
-            return None
         self.last_used[principal.key_id] = now
         return principal
 
@@ -126,15 +130,12 @@ class Authenticator:
 
     async def _find(self, token: bytes, address: Callable[[], str]) -> Principal:
         digest = self._digest(token)
-        entry = self._entries.get(digest)
-        if entry is not None and self._is_feed_live() and time.time() - entry.loaded_at < _AGE_SECONDS_MAX:
-            return entry.principal
         text = token.decode("latin-1")
         hint = secrets.hint(text)
         if not secrets.is_well_formed(text):
             raise KeyIncorrect(hint)
         origin = address()
-        if entry is None:
+        if digest not in self._entries:
             # A key that was right a moment ago is no guess, whatever others at its address send.
             self._failures.require_room(origin)
         unknown_until = self._unknown.get(digest, 0.0)

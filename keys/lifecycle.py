@@ -18,8 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
 from core.settings import Pepper
 from keys import secrets
+from keys.dimensions import DIMENSIONS, LimitScope
 from keys.errors import KeyRevoked, TenantNotFound
-from keys.limits import DIMENSIONS, LimitScope, RateLimits
+from keys.limits import RateLimits
 from keys.scopes import ALL_SCOPES
 from keys.tables import KeyChangeRow, KeyRow, KeySecretRow, OrganizationRow, ProjectRow, RateLimitRow
 

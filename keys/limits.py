@@ -6,28 +6,15 @@ import math
 import struct
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from core.ids import KeyId, OrganizationId, ProjectId
 from core.resp import Script, ScriptShape
+from keys.dimensions import DIMENSIONS, LIMIT_MAX, LimitScope
 from keys.errors import RateLimitReached
 
-LimitScope = Literal["key", "project", "organization", "model"]
-Dimension = Literal[
-    "requests_per_minute", "requests_per_day", "tokens_per_minute", "tokens_per_day", "concurrent_requests"
-]
-DIMENSIONS: Final[tuple[Dimension, ...]] = (
-    "requests_per_minute",
-    "requests_per_day",
-    "tokens_per_minute",
-    "tokens_per_day",
-    "concurrent_requests",
-)
-# Lua counts in doubles. A minute's bucket counts in 1/60,000 of a token (so that a millisecond refills a whole number
-# of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
-LIMIT_MAX: Final = 10**11
 QUOTA_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
 SETTLE_SCRIPT: Final = Script(files("keys").joinpath("settle.lua").read_text())
 QUOTA_SCRIPTS: Final = (QUOTA_SCRIPT, SETTLE_SCRIPT)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 from core.clock import Clock
+from keys.dimensions import DIMENSIONS
 from keys.errors import RateLimitReached
-from keys.limits import DIMENSIONS, QuotaPlan, RateLimits
+from keys.limits import QuotaPlan, RateLimits
 
 _BUCKETS_MAX: Final = 100_000
 _SECONDS: Final = (60, 86_400, 60, 86_400)

@@ -13,8 +13,9 @@ from typing import Final
 
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
+from keys.dimensions import DIMENSIONS
 from keys.errors import RateLimitReached, RequestTooLarge
-from keys.limits import DIMENSIONS, QuotaPlan, Window, window_of
+from keys.limits import QuotaPlan, Window, window_of
 from keys.local_quota import LocalQuota
 
 # Lua takes some thousands of values at a time; this many keep one command short for the others.

@@ -11,7 +11,8 @@ from core.ids import KeyId, OrganizationId
 from gateway.catalog_file import CatalogFile
 from gateway.cli.stores import Stores, chosen_organization, on_stores
 from keys import lifecycle, lookup
-from keys.limits import LimitScope, RateLimits
+from keys.dimensions import LimitScope
+from keys.limits import RateLimits
 from keys.revocation import KeyChange, announce
 
 _NONE = RateLimits()

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import click
 
 from gateway.cli.common import json_option, org_option, print_json, show
+from keys.dimensions import DIMENSIONS, LIMIT_MAX
 
-# As in keys/limits.py, which takes too long to import for a line of help; a test compares them.
-DIMENSIONS: Final = (
-    "requests_per_minute",
-    "requests_per_day",
-    "tokens_per_minute",
-    "tokens_per_day",
-    "concurrent_requests",
-)
-LIMIT_MAX: Final = 10**11
 _COLUMNS = ("scope", "id", *DIMENSIONS)
 
 

@@ -13,7 +13,7 @@ import yaml
 from core.configuration import ConfigurationInvalid
 from gateway.catalog_file import parse
 from inference.catalog import OPENAI_BASE_URL
-from keys.limits import LIMIT_MAX
+from keys.dimensions import LIMIT_MAX
 
 _OPENAI_LIKE: Final = frozenset({"openai", "openai_like", "custom_openai", "hosted_vllm", "text-completion-openai"})
 _OPENAI: Final = frozenset({"openai", "text-completion-openai"})

@@ -8,7 +8,8 @@ import pytest
 
 from core.configuration import ConfigurationFile, ConfigurationInvalid, resolve_secret, unknown_names
 from gateway.catalog_file import CatalogFile, parse
-from keys.limits import DEFAULT_ORGANIZATION_LIMITS, LIMIT_MAX, RateLimits
+from keys.dimensions import LIMIT_MAX
+from keys.limits import DEFAULT_ORGANIZATION_LIMITS, RateLimits
 
 GOOD = """
 [providers.p]

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from core.database import Database
 from core.migrations import upgrade
 from gateway.cli import aap as commands
-from gateway.cli.limits import DIMENSIONS, LIMIT_MAX
 from keys import limits
+from keys.dimensions import DIMENSIONS, LIMIT_MAX
 from keys.secrets import hint, is_well_formed, mint
 from tests.harness.eventually import eventually
 from tests.harness.gateway import ROOT, free_port
@@ -141,7 +141,13 @@ class TestHelp:
             assert isinstance(command, click.Group) or any("--json" in param.opts for param in command.params), path
 
     def test_the_limits_are_those_of_the_gateway(self) -> None:
-        assert (DIMENSIONS, LIMIT_MAX) == (limits.DIMENSIONS, limits.LIMIT_MAX)
+        """Guarantee: `limits set` offers every limit that the gateway knows, in the range that its script is exact for."""
+        command = dict(every_command())[("limits", "set")]
+        options = {param.name: param.type for param in command.params if isinstance(param.type, click.IntRange)}
+        assert tuple(options) == limits.RateLimits.__struct_fields__ == DIMENSIONS
+        assert {(kind.min, kind.max) for kind in options.values() if isinstance(kind, click.IntRange)} == {
+            (1, LIMIT_MAX)
+        }
 
     async def test_the_version_with_and_without_json(self, bare: Cli) -> None:
         plain = (await bare("version")).out.strip()

@@ -9,7 +9,8 @@ from redis.asyncio import Redis
 
 from core.redis import Scripts
 from core.resp import Reply, Script, ScriptCall, ScriptShape
-from keys.limits import DIMENSIONS, QUOTA_SCRIPT, QuotaPlan, ScopedLimits, Window
+from keys.dimensions import DIMENSIONS
+from keys.limits import QUOTA_SCRIPT, QuotaPlan, ScopedLimits, Window
 
 _CLOCK = "test:clock"
 _TIME = "call('TIME')"

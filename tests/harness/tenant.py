@@ -7,8 +7,9 @@ from typing import NamedTuple
 from core.database import Database
 from core.ids import KeyId, OrganizationId, ProjectId
 from core.settings import Pepper
+from keys.dimensions import LimitScope
 from keys.lifecycle import NewKey, create_key, set_limits
-from keys.limits import LimitScope, RateLimits
+from keys.limits import RateLimits
 from keys.tenants import DisconnectPolicy, create_organization, create_project
 
 

@@ -16,8 +16,9 @@ from core.clock import ManualClock, SystemClock
 from core.ids import OrganizationId, new_id
 from core.redis import Scripts, scripts_for
 from core.resp import RedisUnavailable, Script, ScriptCall, ScriptShape
+from keys.dimensions import LimitScope
 from keys.errors import RateLimitReached, RequestTooLarge
-from keys.limits import QUOTA_SCRIPTS, LimitScope, QuotaPlan, RateLimits, ScopedLimits
+from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation
 from tests.harness.authority import Authority

@@ -13,8 +13,9 @@ from redis.asyncio import Redis
 from core.clock import SystemClock
 from core.ids import OrganizationId, new_id
 from core.redis import Scripts
+from keys.dimensions import LIMIT_MAX, LimitScope
 from keys.errors import RateLimitReached
-from keys.limits import LEASE_SECONDS, LIMIT_MAX, LimitScope, QuotaPlan, RateLimits, ScopedLimits, window_of
+from keys.limits import LEASE_SECONDS, QuotaPlan, RateLimits, ScopedLimits, window_of
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation
 from tests.harness.quota_oracle import Answer, Oracle, TimedScripts

@@ -13,7 +13,7 @@ from inference.endpoints import ENDPOINTS
 from keys.scopes import ALL_SCOPES
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("core", "keys", "inference", "gateway")
+PACKAGES = ("core", "keys", "metering", "inference", "gateway")
 # Routes that anybody may ask: they tell nothing of a tenant.
 OPEN_ROUTES = {"/livez", "/readyz", "/metrics", "/openapi.json"}
 # Queries that are not a tenant's: who holds this fingerprint, who owns this key, what changed for anybody.

@@ -21,7 +21,7 @@ EXCEPTIONS = {
 
 
 def sources() -> list[Path]:
-    folders = ("core", "keys", "inference", "gateway", "migrations", "bench", "tests")
+    folders = ("core", "keys", "metering", "inference", "gateway", "migrations", "bench", "tests")
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if ".peers" not in path.parts]
 
 

@@ -76,6 +76,14 @@ class Database:
         await self._engine.dispose()
 
 
+def driver_url(url: str) -> str:
+    """Return *url* as asyncpg itself reads it; there, unlike in SQLAlchemy's URLs, `sslmode` has libpq's name."""
+    parsed = make_url(asyncpg_url(url)).set(drivername="postgresql")
+    if "ssl" in parsed.query:
+        parsed = parsed.update_query_dict({"sslmode": str(parsed.query["ssl"])}).difference_update_query(["ssl"])
+    return parsed.render_as_string(hide_password=False)
+
+
 def asyncpg_url(url: str) -> str:
     """Return *url* with asyncpg as its driver, whatever spelling of `postgres://` it came in."""
     parsed = make_url(url.replace("postgres://", "postgresql://", 1) if url.startswith("postgres://") else url)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import UTC, datetime, timedelta
 from typing import NewType
 
 OrganizationId = NewType("OrganizationId", str)
@@ -15,6 +16,7 @@ KeyId = NewType("KeyId", str)
 SecretId = NewType("SecretId", str)
 GatewayId = NewType("GatewayId", str)
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _ENTROPY_BATCH_BYTES = 4096
@@ -51,12 +53,16 @@ class _Source:
         now = time.time_ns() // 1_000_000
         if now != self._milliseconds:
             self._milliseconds = now
-            pairs = _PAIRS
-            self._stamp = (
-                f"{pairs[now >> 40]}{pairs[now >> 30 & 1023]}{pairs[now >> 20 & 1023]}"
-                f"{pairs[now >> 10 & 1023]}{pairs[now & 1023]}"
-            )
+            self._stamp = _stamp(now)
         return self._stamp
+
+
+def _stamp(milliseconds: int) -> str:
+    pairs = _PAIRS
+    return (
+        f"{pairs[milliseconds >> 40]}{pairs[milliseconds >> 30 & 1023]}{pairs[milliseconds >> 20 & 1023]}"
+        f"{pairs[milliseconds >> 10 & 1023]}{pairs[milliseconds & 1023]}"
+    )
 
 
 _source = _Source()
@@ -72,3 +78,16 @@ def new_id(prefix: str) -> str:
         f"{pairs[bits >> 40 & 1023]}{pairs[bits >> 30 & 1023]}{pairs[bits >> 20 & 1023]}"
         f"{pairs[bits >> 10 & 1023]}{pairs[bits & 1023]}"
     )
+
+
+def id_range_start(prefix: str, moment: datetime) -> str:
+    """Return a text below every id with *prefix* that is made from *moment* on, and above all earlier ones."""
+    return f"{prefix}_{_stamp((moment - _EPOCH) // timedelta(milliseconds=1))}"
+
+
+def moment_of(identifier: str) -> datetime:
+    """Return when an id was made, to the millisecond. Errors: ValueError for what is no id."""
+    milliseconds = 0
+    for character in identifier.partition("_")[2][:10]:
+        milliseconds = milliseconds << 5 | _ALPHABET.index(character)
+    return _EPOCH + timedelta(milliseconds=milliseconds)

@@ -23,11 +23,12 @@ from core.database import DOWN, Database
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Pepper
 from keys import secrets
+from keys.budgets import Budget, budget_of
 from keys.dimensions import DIMENSIONS
 from keys.errors import AuthenticationUnavailable, KeyIncorrect, KeyMissing, TooManyFailures
 from keys.limits import DefaultLimits, RateLimits
 from keys.principal import Grants, Limits, Principal
-from keys.tables import KeyRow, KeySecretRow, OrganizationRow, RateLimitRow
+from keys.tables import BudgetRow, KeyRow, KeySecretRow, OrganizationRow, RateLimitRow
 
 _PRINCIPALS_MAX: Final = 50_000
 _UNKNOWN_MAX: Final = 50_000
@@ -193,9 +194,16 @@ class Authenticator:
                     ),
                 )
             )
-            return _principal(secret, key, organization, self._limits(list(limits)))
+            budgets = await session.scalars(
+                select(BudgetRow).where(
+                    BudgetRow.organization_id == organization.id,
+                    BudgetRow.scope_id.in_((organization.id, key.id, key.project_id)),
+                )
+            )
+            known = tuple(budget_of(row) for row in budgets)
+            return _principal(secret, key, organization, self._limits(list(limits), known))
 
-    def _limits(self, rows: list[RateLimitRow]) -> Limits:
+    def _limits(self, rows: list[RateLimitRow], budgets: tuple[Budget, ...]) -> Limits:
         defaults = self._defaults()
         found = {
             (row.scope, row.scope_id): RateLimits(**{name: getattr(row, name) for name in DIMENSIONS}) for row in rows
@@ -210,6 +218,7 @@ class Authenticator:
             model={
                 name: found.get(("model", name), nothing).over(defaults.model.get(name, nothing)) for name in models
             },
+            budgets=budgets,
         )
 
     def _remember(self, entry: _Entry) -> None:

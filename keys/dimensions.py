@@ -12,3 +12,8 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = get_args(Dimension)
 # Lua counts in doubles. A minute's bucket counts in 1/60,000 of a token (so that a millisecond refills a whole number
 # of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
 LIMIT_MAX: Final = 10**11
+
+BudgetScope = Literal["organization", "project", "key"]
+BudgetPeriod = Literal["day", "week", "month", "total"]
+# Lua counts nano-USD in doubles, exactly up to 2^53 of them: nine million US dollars.
+BUDGET_LIMIT_MAX: Final = 9_000_000_000_000_000

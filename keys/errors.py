@@ -9,21 +9,37 @@ AppError
 │   ├── ModelNotAllowed     the key may not use this model
 │   └── ScopeMissing        the key may not do this
 ├── Invalid
+│   ├── BudgetInvalid       a limit that is none
 │   └── RequestTooLarge     can never fit into a token limit
 ├── Conflict
 │   └── KeyRevoked          a revoked key stays revoked
 ├── NotFound
 │   └── TenantNotFound      no such organization, project or key of yours
+├── PaymentRequired
+│   └── BudgetExhausted     the most that the call can cost does not fit into a hard budget
 ├── RateLimited
 │   ├── RateLimitReached    a limit on requests, tokens or concurrency
 │   └── TooManyFailures     too many wrong keys from one address
 └── Unavailable
-    └── AuthenticationUnavailable   nobody can tell who is calling just now
+    ├── AuthenticationUnavailable   nobody can tell who is calling just now
+    └── QuotaUnverifiable           nobody can tell what a hard budget has left just now
 """
 
 from __future__ import annotations
 
-from core.errors import Conflict, Forbidden, Invalid, NotFound, RateLimited, Unauthenticated, Unavailable
+from datetime import datetime
+
+from core.errors import (
+    Conflict,
+    Forbidden,
+    Invalid,
+    NotFound,
+    PaymentRequired,
+    RateLimited,
+    Unauthenticated,
+    Unavailable,
+)
+from core.money import usd_text
 
 
 class KeyMissing(Unauthenticated):
@@ -146,3 +162,39 @@ class AuthenticationUnavailable(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("API keys cannot be checked just now. Please try again.", retry_after_seconds=1)
+
+
+class BudgetExhausted(PaymentRequired):
+    """The most that the call can cost does not fit into what a hard budget has left."""
+
+    code = "budget_exhausted"
+
+    def __init__(self, scope: str, period: str, left: int, needed: int, ends_at: datetime | None) -> None:
+        name = f"the {scope}'s {'budget' if period == 'total' else f'budget of this {period}'}"
+        until = f" It is renewed at {ends_at:%Y-%m-%dT%H:%M:%SZ}." if ends_at else ""
+        if left > 0:
+            message = (
+                f"This request may cost up to ${usd_text(needed)}, and {name} has ${usd_text(left)} left. Shorten it, "
+                f"or set a smaller max_completion_tokens.{until}"
+            )
+        else:
+            message = f"You have used up {name}.{until}"
+        super().__init__(message, param=f"{scope}.budget.{period}")
+
+
+class BudgetInvalid(Invalid):
+    """The limit of a budget is negative, or more than can be counted exactly."""
+
+    code = "budget_invalid"
+
+    def __init__(self) -> None:
+        super().__init__("A budget is between 0 and 9,000,000 US dollars.")
+
+
+class QuotaUnverifiable(Unavailable):
+    """A hard budget holds, and what is left of it cannot be known just now: refused, never guessed."""
+
+    code = "quota_unverifiable"
+
+    def __init__(self) -> None:
+        super().__init__("Your budget cannot be checked just now. Please try again.", retry_after_seconds=1)

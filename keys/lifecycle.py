@@ -15,13 +15,14 @@ from sqlalchemy import select, text, update
 from sqlalchemy.dialects.postgresql import distinct_on, insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from core.errors import Invalid
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
 from core.settings import Pepper
 from keys import secrets
 from keys.dimensions import DIMENSIONS, LimitScope
 from keys.errors import KeyRevoked, TenantNotFound
 from keys.limits import RateLimits
-from keys.scopes import ALL_SCOPES
+from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
 from keys.tables import KeyChangeRow, KeyRow, KeySecretRow, OrganizationRow, ProjectRow, RateLimitRow
 
 # Serialises the writers of key_changes (they are rare), so that sequences become visible in order and none is skipped.
@@ -32,16 +33,18 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
     """What a key is asked to be. None allows every model, every address, for ever."""
 
     name: str
-    scopes: Sequence[str] = ALL_SCOPES
+    scopes: Sequence[str] = INFERENCE_SCOPES
     models: Sequence[str] | None = None
     ip_networks: Sequence[str] | None = None
     expires_at: datetime | None = None
 
     def __post_init__(self) -> None:
-        """Errors: ValueError for an unknown scope or a malformed network."""
+        """Errors: ValueError for an unknown scope or a malformed network; Invalid for scopes of both kinds."""
         unknown = sorted(set(self.scopes) - set(ALL_SCOPES))
         if unknown:
             raise ValueError(f"unknown scopes: {', '.join(unknown)}; known are {', '.join(ALL_SCOPES)}")
+        if set(self.scopes) & set(ADMIN_SCOPES) and set(self.scopes) & set(INFERENCE_SCOPES):
+            raise Invalid("A key is for calling models or for administration, not for both.", param="scopes")
         for network in self.ip_networks or ():
             ipaddress.ip_network(network, strict=False)
 
@@ -99,7 +102,7 @@ async def create_key(
     )
     await session.flush()
     secret = await _add_secret(session, key_id, organization_id=organization_id, pepper=pepper)
-    change = await _record_change(session, key_id, organization_id=organization_id)
+    change = await record_change(session, key_id, organization_id=organization_id)
     return IssuedKey(id=key_id, secret=secret, change=change)
 
 
@@ -130,7 +133,7 @@ async def rotate_key(
         .values(not_after=ends_at)
     )
     secret = await _add_secret(session, key_id, organization_id=organization_id, pepper=pepper)
-    change = await _record_change(session, key_id, organization_id=organization_id)
+    change = await record_change(session, key_id, organization_id=organization_id)
     return IssuedKey(id=key_id, secret=secret, change=change)
 
 
@@ -138,7 +141,7 @@ async def revoke_key(session: AsyncSession, key_id: KeyId, *, organization_id: O
     """Disable a key for good; return the change's sequence. Idempotent. Errors: TenantNotFound."""
     row = await _key_row(session, key_id, organization_id=organization_id)
     row.disabled_at = row.disabled_at or now
-    return await _record_change(session, key_id, organization_id=organization_id)
+    return await record_change(session, key_id, organization_id=organization_id)
 
 
 async def list_keys(session: AsyncSession, *, organization_id: OrganizationId) -> list[Key]:
@@ -165,17 +168,17 @@ async def set_limits(
     session: AsyncSession, scope: LimitScope, scope_id: str, limits: RateLimits, *, organization_id: OrganizationId
 ) -> int:
     """Replace the limits of one scope; return the change's sequence. Errors: TenantNotFound."""
-    await _require_scope_target(session, scope, scope_id, organization_id=organization_id)
+    await require_scope_target(session, scope, scope_id, organization_id=organization_id)
     values = {name: getattr(limits, name) for name in DIMENSIONS}
     row = {"organization_id": organization_id, "scope": scope, "scope_id": scope_id, **values}
     statement = insert(RateLimitRow).values(row)
     await session.execute(
         statement.on_conflict_do_update(index_elements=["organization_id", "scope", "scope_id"], set_=values)
     )
-    return await _record_change(session, None, organization_id=organization_id)
+    return await record_change(session, None, organization_id=organization_id)
 
 
-async def _require_scope_target(
+async def require_scope_target(
     session: AsyncSession, scope: LimitScope, scope_id: str, *, organization_id: OrganizationId
 ) -> None:
     """Return if there is something that the limit would hold for: one for nobody would be believed to hold."""
@@ -218,7 +221,8 @@ async def _add_secret(session: AsyncSession, key_id: KeyId, *, organization_id: 
     return minted.text
 
 
-async def _record_change(session: AsyncSession, key_id: KeyId | None, *, organization_id: OrganizationId) -> int:
+async def record_change(session: AsyncSession, key_id: KeyId | None, *, organization_id: OrganizationId) -> int:
+    """Write down that a key, or (None) all of an organization's keys, must be read again; return the sequence."""
     await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _CHANGES_LOCK})
     row = KeyChangeRow(organization_id=organization_id, key_id=key_id)
     session.add(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from typing import Final
 
@@ -12,12 +13,13 @@ import msgspec
 
 from core.ids import KeyId, OrganizationId, ProjectId
 from core.resp import Script, ScriptShape
+from keys.budgets import SEED_SCRIPT, Budget, period_bounds, state_key
 from keys.dimensions import DIMENSIONS, LIMIT_MAX, LimitScope
 from keys.errors import RateLimitReached
 
 QUOTA_SCRIPT: Final = Script(files("keys").joinpath("quota.lua").read_text())
 SETTLE_SCRIPT: Final = Script(files("keys").joinpath("settle.lua").read_text())
-QUOTA_SCRIPTS: Final = (QUOTA_SCRIPT, SETTLE_SCRIPT)
+QUOTA_SCRIPTS: Final = (QUOTA_SCRIPT, SETTLE_SCRIPT, SEED_SCRIPT)
 # A crashed gateway's slots come back after this long; a living one renews after a third of it.
 LEASE_SECONDS: Final = 60
 
@@ -94,6 +96,9 @@ class QuotaPlan:
     """All limits that hold for one key on one model, encoded for the Lua scripts once and used for every call."""
 
     __slots__ = (
+        "_period_keys",
+        "_period_until_ms",
+        "budgets",
         "denial",
         "denied_until_seconds",
         "names",
@@ -106,7 +111,9 @@ class QuotaPlan:
         "tokens_scope",
     )
 
-    def __init__(self, organization_id: OrganizationId, scopes: list[ScopedLimits]) -> None:
+    def __init__(
+        self, organization_id: OrganizationId, scopes: list[ScopedLimits], budgets: Sequence[Budget] = ()
+    ) -> None:
         # Scopes without any limit cost nothing: they are not sent.
         self.scopes = [scoped for scoped in scopes if any(v is not None for v in scoped.limits.as_tuple())]
         self.organization_id = organization_id
@@ -114,7 +121,11 @@ class QuotaPlan:
         # All keys of one organization share a hash tag, so that they live on one node of a cluster.
         tag = b"q:{%b}:" % organization_id.encode()
         self.record_prefix = tag + b"r:"
-        self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names)
+        self.budgets = tuple(budget for budget in budgets if budget.is_hard)
+        """Those that can refuse. Soft ones are PostgreSQL's business alone."""
+        self._period_keys: tuple[bytes, ...] = ()
+        self._period_until_ms = 0.0
+        self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names, self.budgets)
         smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
         self.tokens_max, self.tokens_scope = smallest
         # Set by the quota while a limit of requests is known to be exhausted.
@@ -129,6 +140,7 @@ class QuotaPlan:
         project: tuple[ProjectId, RateLimits],
         key: tuple[KeyId, RateLimits],
         model: tuple[str, RateLimits],
+        budgets: Sequence[Budget] = (),
     ) -> QuotaPlan:
         """Return the plan for one key on one model."""
         return cls(
@@ -139,19 +151,43 @@ class QuotaPlan:
                 ScopedLimits("organization", organization[0], organization[1]),
                 ScopedLimits("model", model[0], model[1]),
             ],
+            budgets,
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing limits these calls."""
+        return not self.scopes and not self.budgets
 
-def _shapes(tag: bytes, scopes: list[ScopedLimits], names: list[str]) -> tuple[ScriptShape, ScriptShape]:
+    def budget_keys(self, started_ms: int) -> tuple[bytes, ...]:
+        """Return where Redis holds the budgets' present periods, for a call that began at *started_ms*."""
+        if not self.budgets:
+            return ()
+        if started_ms >= self._period_until_ms:
+            moment = datetime.fromtimestamp(started_ms / 1000, UTC)
+            bounds = [period_bounds(budget.period, moment) for budget in self.budgets]
+            self._period_until_ms = min(ends_at.timestamp() for _, ends_at in bounds) * 1000
+            self._period_keys = tuple(
+                state_key(budget, starts_at) for budget, (starts_at, _) in zip(self.budgets, bounds, strict=True)
+            )
+        return self._period_keys
+
+
+def _shapes(
+    tag: bytes, scopes: list[ScopedLimits], names: list[str], budgets: Sequence[Budget]
+) -> tuple[ScriptShape, ScriptShape]:
     limited = [
         name for scoped, name in zip(scopes, names, strict=True) if scoped.limits.concurrent_requests is not None
     ]
     numbers = [-1 if value is None else value for scoped in scopes for value in scoped.limits.as_tuple()]
     keys = [tag + b"buckets", *(tag + b"leases:" + name.encode() for name in limited)]
-    fixed = [struct.pack(f"<{len(numbers)}d", *numbers), *(name.encode() for name in names)]
+    packed = struct.pack(f"<{len(numbers)}d", *numbers)
+    caps = struct.pack(f"<{len(budgets)}d", *(budget.limit_nano_usd for budget in budgets))
+    fields = [name.encode() for name in names]
     lease_ms = b"%d" % (LEASE_SECONDS * 1000)
-    return ScriptShape(QUOTA_SCRIPT, keys=keys, fixed=[lease_ms, *fixed]), ScriptShape(
-        SETTLE_SCRIPT, keys=keys, fixed=fixed
+    return (
+        ScriptShape(QUOTA_SCRIPT, keys=keys, fixed=[lease_ms, packed, caps, *fields]),
+        ScriptShape(SETTLE_SCRIPT, keys=keys, fixed=[b"%d" % len(budgets), packed, *fields]),
     )
 
 

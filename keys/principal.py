@@ -6,6 +6,7 @@ import ipaddress
 
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Network
+from keys.budgets import Budget
 from keys.errors import AddressNotAllowed, ModelNotAllowed, ScopeMissing
 from keys.limits import QuotaPlan, RateLimits
 
@@ -26,9 +27,9 @@ class Grants:
 
 
 class Limits:
-    """The limits of a caller's key, project and organization, and those of models in that organization."""
+    """The limits of a caller's key, project and organization, those of models in that organization, and all budgets."""
 
-    __slots__ = ("key", "model", "organization", "project")
+    __slots__ = ("budgets", "key", "model", "organization", "project")
 
     def __init__(
         self,
@@ -37,11 +38,13 @@ class Limits:
         project: RateLimits,
         organization: RateLimits,
         model: dict[str, RateLimits],
+        budgets: tuple[Budget, ...] = (),
     ) -> None:
         self.key = key
         self.project = project
         self.organization = organization
         self.model = model
+        self.budgets = budgets
 
 
 class Principal:
@@ -91,6 +94,7 @@ class Principal:
                 project=(self.project_id, limits.project),
                 key=(self.key_id, limits.key),
                 model=(model, limits.model.get(model, RateLimits())),
+                budgets=limits.budgets,
             )
         return plan
 

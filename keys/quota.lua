@@ -1,12 +1,20 @@
 -- Reserve or renew the quota of one call, all or nothing, on Redis's own clock. Whole numbers only. keys/settle.lua
 -- gives it back.
 --
--- KEYS[1]  this request's reservation    KEYS[2]  the organization's buckets: one hash, a field per scope
--- KEYS[3…] lease sets of those scopes that limit concurrency, in the order of the scopes
+-- KEYS[1]  this request's reservation    KEYS[2…b+1]  hard budgets in their present period, a hash each
+-- KEYS[b+2]  the organization's buckets: one hash, a field per scope
+-- KEYS[b+3…] lease sets of those scopes that limit concurrency, in the order of the scopes
 -- ARGV[1]  act: reserve | renew    ARGV[2]  request id    ARGV[3]  reserve: tokens wanted; renew: unused
--- ARGV[4]  lease in ms    ARGV[5]  five limits a scope as little-endian doubles (-1: none):
+-- ARGV[4]  reserve: the most that the call can cost, in nano-USD    ARGV[5]  lease in ms
+-- ARGV[6]  five limits a scope as little-endian doubles (-1: none):
 --          requests a minute, requests a day, tokens a minute, tokens a day, concurrent requests
--- ARGV[6…] the scopes' fields in the hash
+-- ARGV[7]  the limits of the b budgets as doubles, in nano-USD    ARGV[8…] the scopes' fields in the hash
+--
+-- Answers with {1, …} granted, {0, …} a rate limit blocks, {2, budget, spent, reserved} a budget blocks, {3, budget}
+-- nobody has told yet what was spent of it.
+--
+-- A budget's hash holds what is spent (s), what is reserved (r), and each reservation under its request id: whatever
+-- happens to a gateway, it can be told which of them never came to an end. All are whole numbers below 2^53.
 --
 -- A bucket counts in small units so that refilling is a whole number of them: a minute's in 1/60,000 (one unit a ms for a
 -- limit of one a minute), a day's in 1/86,400 (one a second). Its field holds six doubles, which carry whole numbers up
@@ -17,10 +25,12 @@
 local MINUTE, DAY, NEVER = 60000, 86400, -9007199254740992
 local RECORD_TTL_MS, BUCKETS_TTL_MS, LEASES_TTL_MS = 7200000, 172800000, 86400000
 local BUCKET, REPLY = '<dddddd', '<ddddddddddd'
-local call, pack, unpack_, floor, ceil, min, max =
-  redis.call, struct.pack, struct.unpack, math.floor, math.ceil, math.min, math.max
-local act, id, amount, lease_ms, packed = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[5]
-local scopes = #packed / 40
+local call, pack, unpack_, floor, ceil, min, max, format =
+  redis.call, struct.pack, struct.unpack, math.floor, math.ceil, math.min, math.max, string.format
+local act, id, amount, cost = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local lease_ms, packed, budget_limits = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local scopes, budgets, NAMES = #packed / 40, #budget_limits / 8, 7
+local buckets = budgets + 2
 
 -- However deep the debt: every elapsed step counts, and no product leaves the exact range.
 local function refilled(level, limit, full, elapsed)
@@ -33,7 +43,7 @@ local now_s = tonumber(time[1])
 local now_ms = now_s * 1000 + floor(tonumber(time[2]) / 1000)
 
 if act == 'renew' then
-  for k = 3, #KEYS do
+  for k = buckets + 1, #KEYS do
     call('ZADD', KEYS[k], 'XX', now_ms + lease_ms, id)
     call('PEXPIRE', KEYS[k], LEASES_TTL_MS)
   end
@@ -41,7 +51,17 @@ if act == 'renew' then
 end
 
 -- Pass 1: refill and check everything; write nothing.
-local had = scopes > 0 and call('HMGET', KEYS[2], unpack(ARGV, 6)) or {}
+local reserved = {}
+for b = 1, budgets do
+  local known = call('HMGET', KEYS[b + 1], 's', 'r', id)
+  if not known[1] then return {3, b} end
+  local spent = tonumber(known[1])
+  reserved[b] = tonumber(known[2])
+  -- The command may have arrived before: what is held for this very call does not stand in its way.
+  if known[3] then reserved[b] = reserved[b] - tonumber(known[3]) end
+  if spent + reserved[b] + cost > unpack_('<d', budget_limits, b * 8 - 7) then return {2, b, spent, reserved[b]} end
+end
+local had = scopes > 0 and call('HMGET', KEYS[buckets], unpack(ARGV, NAMES + 1)) or {}
 local blocked, wait_ms, blocked_limit, set = 0, 0, 0, {}
 local is_expiry_due = false
 
@@ -100,14 +120,14 @@ local function look(requests, tokens)
         token_limit, token_left, token_reset = tpd, left, ceil((tpd * DAY - td) / tpd) * 1000
       end
     end
-    set[s * 2 - 1] = ARGV[5 + s]
+    set[s * 2 - 1] = ARGV[NAMES + s]
     set[s * 2] = pack(BUCKET, m, d, rm, rd, tm, td)
   end
   return request_limit, request_left, request_reset, token_limit, token_left, token_reset
 end
 
 local rl, rr, rx, tl, tr, tx = look(1, amount)
-local leases = 3
+local leases = buckets + 1
 for s = 1, scopes do
   local concurrent = unpack_('<d', packed, s * 40 - 7)
   if concurrent >= 0 then
@@ -141,11 +161,14 @@ end
 
 -- Pass 2: write everything.
 if scopes > 0 then
-  call('HSET', KEYS[2], unpack(set))
+  call('HSET', KEYS[buckets], unpack(set))
   -- What nobody touched for two days is full, but for deep debts: those are forgiven then. Said again once an hour.
-  if is_expiry_due then call('PEXPIRE', KEYS[2], BUCKETS_TTL_MS) end
+  if is_expiry_due then call('PEXPIRE', KEYS[buckets], BUCKETS_TTL_MS) end
 end
-for k = 3, leases - 1 do
+for b = 1, budgets do
+  call('HSET', KEYS[b + 1], 'r', format('%.0f', reserved[b] + cost), id, format('%.0f', cost))
+end
+for k = buckets + 1, leases - 1 do
   call('ZADD', KEYS[k], now_ms + lease_ms, id)
   call('PEXPIRE', KEYS[k], LEASES_TTL_MS)
 end

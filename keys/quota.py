@@ -1,36 +1,68 @@
-"""Rate limits: reserve what a call may use, settle what it did use. By script, exact across processes.
+"""Rate limits and budgets: reserve what a call may use, settle what it did use. By script, exact across processes.
 
 When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
-together stay near the limit; a settlement that cannot be sent is sent when Redis is back (100,000 commands
-of them at most; until then the reservation stays taken, which is the safe side).
+together stay near the limit; calls under a hard budget are refused (QuotaUnverifiable). A settlement that cannot be
+sent is sent when Redis is back (100,000 commands of them at most; until then the reservation stays taken, which is the
+safe side). A Redis that has lost a budget is told by PostgreSQL what was spent before anything is admitted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
 
+from core.database import DOWN
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
+from keys.budgets import BudgetAuthority, period_bounds, seed_call
 from keys.dimensions import DIMENSIONS
-from keys.errors import RateLimitReached, RequestTooLarge
+from keys.errors import BudgetExhausted, QuotaUnverifiable, RateLimitReached, RequestTooLarge
 from keys.limits import QuotaPlan, Window, window_of
 from keys.local_quota import LocalQuota
 
 # Lua takes some thousands of values at a time; this many keep one command short for the others.
 _SETTLED_AT_ONCE: Final = 128
+_EXHAUSTED: Final = 2
+_UNKNOWN: Final = 3
+# A call under several budgets may meet each of them for the first time.
+_SEEDS_MAX: Final = 10
+# Calls that Redis had admitted before it forgot them are in PostgreSQL by then, or were refused.
+_SEED_PAUSE_SECONDS: Final = 0.05
+
+
+class Spend(NamedTuple):
+    """The most that a call can cost, and when it began: that says to which period of a budget it belongs."""
+
+    nano_usd_max: int
+    started_ms: int
+
+
+_NOTHING: Final = Spend(0, 0)
 
 
 class Reservation:
     """What was set aside for one call. Given back by `settle`, once, however the call ends."""
 
-    __slots__ = ("is_local", "is_settled", "plan", "request_id", "shown", "tokens", "was_sent")
+    __slots__ = (
+        "budget_keys",
+        "is_local",
+        "is_settled",
+        "nano_usd_max",
+        "plan",
+        "request_id",
+        "shown",
+        "tokens",
+        "was_sent",
+    )
 
-    def __init__(self, request_id: str, plan: QuotaPlan, tokens: int) -> None:
+    def __init__(self, request_id: str, plan: QuotaPlan, tokens: int, spend: Spend = _NOTHING) -> None:
         self.request_id = request_id
         self.plan = plan
         self.tokens = tokens
+        self.nano_usd_max = spend.nano_usd_max
+        self.budget_keys = plan.budget_keys(spend.started_ms) if plan.budgets else ()
         self.shown: Reply | None = None
         """The tightest limit of requests and of tokens, for the caller: see `keys.limits.window_of`."""
         self.is_local = False
@@ -51,18 +83,22 @@ class Reservation:
 class Quota:
     """Reserves and settles. Counts how often the local fallback had to decide."""
 
-    def __init__(self, scripts: Scripts, local: LocalQuota) -> None:
+    def __init__(self, scripts: Scripts, local: LocalQuota, authority: BudgetAuthority | None = None) -> None:
         self._scripts = scripts
         self._local = local
-        self._settling: dict[QuotaPlan, list[tuple[bytes, int]]] = {}
+        self._authority = authority
+        self._settling: dict[QuotaPlan, list[tuple[Reservation, int, int]]] = {}
         self.local_decisions = 0
 
-    async def reserve(self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int) -> Reservation:
-        """Set aside one request, its tokens and a slot, in every scope of *plan*, or nothing at all.
+    async def reserve(
+        self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int, spend: Spend = _NOTHING
+    ) -> Reservation:
+        """Set aside one request, its tokens, a slot and its cost, in every scope of *plan*, or nothing at all.
 
         The output's share is cut to the smallest token limit: an estimate must not refuse what could fit
         (BerriAI/litellm#29191). Redis down: decided by this process alone, at its share of the limit.
-        Errors: RateLimitReached; RequestTooLarge when the prompt alone can never fit.
+        Errors: RateLimitReached; BudgetExhausted; QuotaUnverifiable; RequestTooLarge when the prompt alone can never
+        fit.
         """
         tokens = prompt_tokens + output_tokens
         if tokens > plan.tokens_max:
@@ -70,34 +106,59 @@ class Quota:
                 limit = int(plan.tokens_max)
                 raise RequestTooLarge(scope=plan.tokens_scope, limit_tokens=limit, requested_tokens=prompt_tokens)
             tokens = int(plan.tokens_max)
-        reservation = Reservation(request_id, plan, tokens)
-        if not plan.scopes:
+        reservation = Reservation(request_id, plan, tokens, spend)
+        if plan.is_empty:
             return reservation
         if plan.denied_until_seconds:
             _deny_again(plan)
         if self._settling:
             self.flush()  # in order: what was given back before this call came is there for it
+        reply = await self._ask(reservation)
+        for _ in range(_SEEDS_MAX):
+            if reply is None or reply[0] != _UNKNOWN:
+                break
+            await self._seed(plan, reply[1] - 1, spend)
+            reply = await self._ask(reservation)
+        if reply is None:
+            return reservation
+        if reply[0] != 1:
+            raise _refusal(plan, reply, spend)
+        reservation.shown = reply[4:]
+        return reservation
+
+    async def _ask(self, reservation: Reservation) -> Reply | None:
+        """Return what Redis says; None when this process had to decide, and admits the call."""
         try:
-            answer = self._scripts.run(_call(reservation, b"reserve", tokens))
+            answer = self._scripts.run(_call(reservation, b"reserve", reservation.tokens))
         except RedisUnavailable:
             # Never sent: Redis has nothing to be told afterwards.
             reservation.was_sent = False
             return self._reserve_locally(reservation)
         try:
-            reply = await answer
+            return await answer
         except RedisUnavailable:
             return self._reserve_locally(reservation)
         except asyncio.CancelledError:
             # The command is on its way: what it takes is given back right behind it.
             self.settle(reservation, 0)
             raise
-        if not reply[0]:
-            raise _denied(plan, reply)
-        reservation.shown = reply[4:]
-        return reservation
 
-    def settle(self, reservation: Reservation, tokens_used: int | None) -> None:
-        """Give back what was reserved and not used, and the slot. Idempotent; never waits, never fails.
+    async def _seed(self, plan: QuotaPlan, index: int, spend: Spend) -> None:
+        """Tell Redis what PostgreSQL knows of a budget. Errors: QuotaUnverifiable when either is down."""
+        budget = plan.budgets[index]
+        moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
+        starts_at = period_bounds(budget.period, moment)[0]
+        if self._authority is None:
+            raise QuotaUnverifiable
+        await asyncio.sleep(_SEED_PAUSE_SECONDS)
+        try:
+            standing = await self._authority.standing(budget, starts_at)
+            await self._scripts.run(seed_call(budget, starts_at, standing, moment))
+        except (*DOWN, RedisUnavailable) as error:
+            raise QuotaUnverifiable from error
+
+    def settle(self, reservation: Reservation, tokens_used: int | None, nano_usd: int = 0) -> None:
+        """Give back what was reserved and not used, and the slot; charge the budgets. Idempotent; never waits or fails.
 
         None keeps the tokens as reserved. More than reserved leaves the buckets in debt.
         """
@@ -106,12 +167,12 @@ class Quota:
         reservation.is_settled = True
         if reservation.is_local:
             self._local.settle(reservation.plan, reservation.tokens, tokens_used)
-        if not reservation.plan.scopes or not reservation.was_sent:
+        if reservation.plan.is_empty or not reservation.was_sent:
             return
         # Also after a local decision: Redis may have run a reservation whose answer came too late.
         if not self._settling:
             asyncio.get_running_loop().call_soon(self.flush)
-        settled = (reservation.request_id.encode(), -1 if tokens_used is None else tokens_used)
+        settled = (reservation, -1 if tokens_used is None else tokens_used, nano_usd)
         self._settling.setdefault(reservation.plan, []).append(settled)
 
     def flush(self) -> None:
@@ -124,10 +185,14 @@ class Quota:
     def renew(self, reservations: list[Reservation]) -> None:
         """Keep the concurrency slots of calls that are still running. Redis down: done when it is back."""
         for reservation in reservations:
-            if not reservation.is_settled and not reservation.is_local and reservation.plan.scopes:
+            if not reservation.is_settled and not reservation.is_local and not reservation.plan.is_empty:
                 self._scripts.deliver(_call(reservation, b"renew", 0))
 
-    def _reserve_locally(self, reservation: Reservation) -> Reservation:
+    def _reserve_locally(self, reservation: Reservation) -> None:
+        if reservation.plan.budgets:
+            # Redis may have run the command, or will: nothing of it is to stay.
+            self.settle(reservation, 0)
+            raise QuotaUnverifiable
         self.local_decisions += 1
         try:
             self._local.reserve(reservation.plan, reservation.tokens)
@@ -136,7 +201,19 @@ class Quota:
             self.settle(reservation, 0)
             raise
         reservation.is_local = True
-        return reservation
+
+
+def _refusal(plan: QuotaPlan, reply: Reply, spend: Spend) -> Exception:
+    if reply[0] == 0:
+        return _denied(plan, reply)
+    if reply[0] == _UNKNOWN:
+        # Told and forgotten at once, again and again: that Redis is not to be relied upon.
+        return QuotaUnverifiable()
+    budget = plan.budgets[reply[1] - 1]
+    moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
+    ends_at = None if budget.period == "total" else period_bounds(budget.period, moment)[1]
+    left = budget.limit_nano_usd - reply[2] - reply[3]
+    return BudgetExhausted(budget.scope, budget.period, left, spend.nano_usd_max, ends_at)
 
 
 def _denied(plan: QuotaPlan, reply: Reply) -> RateLimitReached:
@@ -165,12 +242,18 @@ def _deny_again(plan: QuotaPlan) -> None:
 def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
     plan = reservation.plan
     request_id = reservation.request_id.encode()
-    return ScriptCall(plan.shape, (plan.record_prefix + request_id,), (act, request_id, b"%d" % amount))
+    keys = (plan.record_prefix + request_id, *reservation.budget_keys)
+    return ScriptCall(plan.shape, keys, (act, request_id, b"%d" % amount, b"%d" % reservation.nano_usd_max))
 
 
-def _settlement(plan: QuotaPlan, settled: list[tuple[bytes, int]]) -> ScriptCall:
-    keys = tuple([plan.record_prefix + request_id for request_id, _ in settled])
+def _settlement(plan: QuotaPlan, settled: list[tuple[Reservation, int, int]]) -> ScriptCall:
+    keys: list[bytes] = []
     arguments = [b"%d" % len(settled)]
-    for request_id, used in settled:
-        arguments += (request_id, b"%d" % used)
-    return ScriptCall(plan.settle_shape, keys, tuple(arguments))
+    for reservation, used, nano_usd in settled:
+        request_id = reservation.request_id.encode()
+        keys.append(plan.record_prefix + request_id)
+        arguments += (request_id, b"%d" % used, b"%d" % nano_usd)
+    if plan.budgets:
+        for reservation, _, _ in settled:
+            keys += reservation.budget_keys
+    return ScriptCall(plan.settle_shape, tuple(keys), tuple(arguments))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, DateTime, ForeignKey, Identity, Index, LargeBinary, String, Text, func
+from sqlalchemy import BigInteger, Boolean, DateTime, ForeignKey, Identity, Index, LargeBinary, String, Text, func
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -82,6 +82,24 @@ class RateLimitRow(Table):
     tokens_per_minute: Mapped[int | None] = mapped_column(BigInteger)
     tokens_per_day: Mapped[int | None] = mapped_column(BigInteger)
     concurrent_requests: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class BudgetRow(Table):
+    """The most that an organization, project or key may be charged in a period."""
+
+    __tablename__ = "budgets"
+    __table_args__ = (Index("uq_budgets_scope", "organization_id", "scope", "scope_id", "period", unique=True),)
+
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"))
+    scope: Mapped[str] = mapped_column(String(16))
+    """organization | project | key"""
+    scope_id: Mapped[str] = mapped_column(_ID)
+    period: Mapped[str] = mapped_column(String(8))
+    """day | week | month | total; in UTC, weeks from Monday"""
+    limit_nano_usd: Mapped[int] = mapped_column(BigInteger)
+    is_hard: Mapped[bool] = mapped_column(Boolean)
+    created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
 
 
 class KeyChangeRow(Table):

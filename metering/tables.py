@@ -185,24 +185,6 @@ class SpendWindowRow(_WindowUnits, Table):
     charge_nano_usd: Mapped[int] = mapped_column(BigInteger)
 
 
-class BudgetRow(Table):
-    """The most that an organization, project or key may be charged in a period."""
-
-    __tablename__ = "budgets"
-    __table_args__ = (Index("uq_budgets_scope", "organization_id", "scope", "scope_id", "period", unique=True),)
-
-    id: Mapped[str] = mapped_column(_ID, primary_key=True)
-    organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"))
-    scope: Mapped[str] = mapped_column(String(16))
-    """organization | project | key"""
-    scope_id: Mapped[str] = mapped_column(_ID)
-    period: Mapped[str] = mapped_column(String(8))
-    """day | week | month | total; in UTC, weeks from Monday"""
-    limit_nano_usd: Mapped[int] = mapped_column(BigInteger)
-    is_hard: Mapped[bool] = mapped_column(Boolean)
-    created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
-
-
 class BudgetPeriodRow(Table):
     """What was charged against a budget in one of its periods. Written with the entries."""
 

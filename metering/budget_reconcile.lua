@@ -1,0 +1,24 @@
+-- Put right what Redis holds of one budget in one period, by what PostgreSQL knew a moment ago.
+--
+-- KEYS[1]  the budget, as keys/quota.lua has it    ARGV[1]  nano-USD charged, in PostgreSQL
+-- ARGV[2], ARGV[3] …  request id and nano-USD charged of calls that have ended, or were given up
+--
+-- Answers how many of these were still held. What PostgreSQL knows more is what Redis has lost; it never knows less but
+-- for what is on its way there.
+
+local call, format = redis.call, string.format
+local known = call('HMGET', KEYS[1], 's', 'r')
+if not known[1] then return 0 end
+local spent, reserved, settled = tonumber(known[1]), tonumber(known[2]), 0
+for i = 2, #ARGV, 2 do
+  local held = call('HGET', KEYS[1], ARGV[i])
+  if held then
+    call('HDEL', KEYS[1], ARGV[i])
+    reserved = reserved - tonumber(held)
+    spent = spent + tonumber(ARGV[i + 1])
+    settled = settled + 1
+  end
+end
+spent = math.max(spent, tonumber(ARGV[1]))
+call('HSET', KEYS[1], 's', format('%.0f', spent), 'r', format('%.0f', reserved))
+return settled

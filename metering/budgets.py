@@ -1,0 +1,234 @@
+"""What was spent of budgets: PostgreSQL knows, and Redis is told.
+
+Redis holds hard budgets so that a call is admitted in one command (`keys/quota.lua`). Calls are charged there first and
+here right after, so Redis never knows less than PostgreSQL, but for what it has lost. What it has lost, and what dead
+gateways have left reserved, is put right by `reconcile`, which a worker runs every few seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from typing import Any, Final, cast
+
+import msgspec
+from redis.asyncio import Redis
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.clock import Clock
+from core.database import Database
+from core.ids import OrganizationId, moment_of, new_id
+from core.money import NanoUsd
+from keys.budgets import Budget, Standing, budget_of, period_bounds, state_key
+from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope
+from keys.errors import BudgetInvalid, TenantNotFound
+from keys.lifecycle import record_change, require_scope_target
+from keys.tables import BudgetRow
+from metering.tables import BudgetPeriodRow, LedgerEntryRow, SpendWindowRow, UsageIntentRow
+
+_SCOPES: Final = {"organization": "organization_id", "project": "project_id", "key": "key_id"}
+_RECONCILE: Final = files("metering").joinpath("budget_reconcile.lua").read_text()
+# A reservation whose call neither runs nor has ended: its gateway died before the provider was asked.
+_ABANDONED_AFTER: Final = timedelta(seconds=60)
+
+
+class BudgetStanding(msgspec.Struct, frozen=True, kw_only=True):
+    """A budget and what was charged against it in the present period."""
+
+    budget: Budget
+    spent_nano_usd: int
+    starts_at: datetime
+    ends_at: datetime | None
+
+
+class SpentBudgets:
+    """Tells gateways what PostgreSQL knows: `keys.budgets.BudgetAuthority`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def standing(self, budget: Budget, starts_at: datetime) -> Standing:
+        """Return what was charged in the period that began at *starts_at*, and what its running calls may still be.
+
+        One statement: a call is in one of the two, whenever it ends. Errors: those of `core.database.DOWN`.
+        """
+        scope = getattr(UsageIntentRow, _SCOPES[budget.scope])
+        held = (
+            select(func.array_agg(UsageIntentRow.request_id), func.array_agg(UsageIntentRow.reserved_nano_usd))
+            .where(
+                UsageIntentRow.organization_id == budget.organization_id,
+                scope == budget.scope_id,
+                UsageIntentRow.started_at >= starts_at,
+            )
+            .subquery()
+        )
+        async with self._database.transaction() as session:
+            row = (await session.execute(select(_spent(budget.id, starts_at), held))).one()
+        return Standing(row[0] or 0, tuple(zip(row[1] or (), row[2] or (), strict=True)))
+
+
+def _spent(budget_id: str, starts_at: datetime) -> Any:
+    return (
+        select(BudgetPeriodRow.spent_nano_usd)
+        .where(BudgetPeriodRow.budget_id == budget_id, BudgetPeriodRow.starts_at == starts_at)
+        .scalar_subquery()
+    )
+
+
+async def set_budget(
+    session: AsyncSession,
+    scope: tuple[BudgetScope, str],
+    period: BudgetPeriod,
+    *,
+    limit: NanoUsd,
+    is_hard: bool,
+    organization_id: OrganizationId,
+) -> int:
+    """Make a budget, or change the one of the same scope and period; return the change's sequence.
+
+    What was charged in the present period counts, also from before there was a budget: settlements wait for the moment
+    that takes. Errors: TenantNotFound; BudgetInvalid for a limit that is none.
+    """
+    if not 0 <= limit <= BUDGET_LIMIT_MAX:
+        raise BudgetInvalid
+    await require_scope_target(session, scope[0], scope[1], organization_id=organization_id)
+    # Keeps settlements out until this transaction has ended: none may fall between the sum and the budget.
+    await session.execute(text("LOCK TABLE budget_periods IN SHARE ROW EXCLUSIVE MODE"))
+    row = await _row(session, scope, period, organization_id=organization_id)
+    if row is None:
+        row = BudgetRow(
+            id=new_id("bdgt"), organization_id=organization_id, scope=scope[0], scope_id=scope[1], period=period
+        )
+        row.limit_nano_usd, row.is_hard = limit, is_hard
+        session.add(row)
+        await session.flush()
+        await _count_past(session, budget_of(row))
+    else:
+        row.limit_nano_usd, row.is_hard = limit, is_hard
+        await session.flush()
+    return await record_change(session, None, organization_id=organization_id)
+
+
+async def _count_past(session: AsyncSession, budget: Budget) -> None:
+    """Enter what was charged in the present period before there was a budget."""
+    starts_at = period_bounds(budget.period, await _now(session))[0]
+    scope = getattr(SpendWindowRow, _SCOPES[budget.scope])
+    spent = await session.scalar(
+        select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
+            SpendWindowRow.organization_id == budget.organization_id,
+            SpendWindowRow.seconds == 3600,
+            SpendWindowRow.starts_at >= starts_at,
+            scope == budget.scope_id,
+        )
+    )
+    row = {"budget_id": budget.id, "starts_at": starts_at, "spent_nano_usd": int(spent or 0)}
+    await session.execute(insert(BudgetPeriodRow).values(row))
+
+
+async def _now(session: AsyncSession) -> datetime:
+    # Not the transaction's: it may have waited for the lock into the next period.
+    return cast("datetime", await session.scalar(select(func.clock_timestamp())))
+
+
+async def delete_budget(
+    session: AsyncSession, scope: tuple[BudgetScope, str], period: BudgetPeriod, *, organization_id: OrganizationId
+) -> int:
+    """Delete the budget of that scope and period; return the change's sequence. Errors: TenantNotFound."""
+    row = await _row(session, scope, period, organization_id=organization_id)
+    if row is None:
+        raise TenantNotFound("budget")
+    await session.delete(row)
+    await session.flush()
+    return await record_change(session, None, organization_id=organization_id)
+
+
+async def _row(
+    session: AsyncSession, scope: tuple[BudgetScope, str], period: BudgetPeriod, *, organization_id: OrganizationId
+) -> BudgetRow | None:
+    return await session.scalar(
+        select(BudgetRow).where(
+            BudgetRow.organization_id == organization_id,
+            BudgetRow.scope == scope[0],
+            BudgetRow.scope_id == scope[1],
+            BudgetRow.period == period,
+        )
+    )
+
+
+async def list_standings(
+    session: AsyncSession, now: datetime, *, organization_id: OrganizationId
+) -> list[BudgetStanding]:
+    """Return the organization's budgets, oldest first, and what was charged against each in its present period."""
+    rows = await session.scalars(
+        select(BudgetRow).where(BudgetRow.organization_id == organization_id).order_by(BudgetRow.id)
+    )
+    found: list[BudgetStanding] = []
+    for budget in map(budget_of, rows):
+        starts_at, ends_at = period_bounds(budget.period, now)
+        spent = await session.scalar(select(_spent(budget.id, starts_at)))
+        found.append(
+            BudgetStanding(
+                budget=budget,
+                spent_nano_usd=spent or 0,
+                starts_at=starts_at,
+                ends_at=None if budget.period == "total" else ends_at,
+            )
+        )
+    return found
+
+
+async def reconcile(database: Database, redis: Redis, clock: Clock) -> int:
+    """Put right what Redis holds of every hard budget; return how many reservations were settled for others.
+
+    A reservation whose call is in the ledger is charged what the ledger says; one that neither runs nor ended after a
+    minute is given back; and Redis is told what was charged if it knows less. Errors: what either store raises.
+    """
+    count = 0
+    async for budget in _hard_budgets(database):
+        starts_at = period_bounds(budget.period, clock.now())[0]
+        key = state_key(budget, starts_at)
+        held = [name.decode() for name in await cast("Any", redis).hkeys(key)]
+        if held:
+            ended, spent = await _ended(database, budget, starts_at, [name for name in held if len(name) > 1], clock)
+            arguments = [part for pair in ended.items() for part in pair]
+            count += int(await cast("Any", redis).eval(_RECONCILE, 1, key, spent, *arguments))
+    return count
+
+
+async def _hard_budgets(database: Database) -> AsyncIterator[Budget]:
+    """Yield every hard budget, a page at a time: nothing is held open while Redis is asked."""
+    last = ""
+    while True:
+        async with database.transaction() as session:
+            statement = select(BudgetRow).where(BudgetRow.is_hard, BudgetRow.id > last).order_by(BudgetRow.id)
+            page = [budget_of(row) for row in await session.scalars(statement.limit(200))]
+        for budget in page:
+            yield budget
+        if len(page) < 200:
+            return
+        last = page[-1].id
+
+
+async def _ended(
+    database: Database, budget: Budget, starts_at: datetime, held: list[str], clock: Clock
+) -> tuple[dict[str, int], int]:
+    """Return what those of *held* were charged that came to an end, and what the budget's period was charged in all."""
+    # The database's own snapshot, of all three: a call that ends meanwhile is still running in it.
+    charged = (
+        select(LedgerEntryRow.request_id, func.sum(LedgerEntryRow.charge_nano_usd))
+        .where(LedgerEntryRow.request_id.in_(held))
+        .group_by(LedgerEntryRow.request_id)
+    )
+    async with database.transaction() as session:
+        await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
+        spent = await session.scalar(select(_spent(budget.id, starts_at)))
+        ended = {row[0]: int(row[1]) for row in await session.execute(charged)}
+        running = set(
+            await session.scalars(select(UsageIntentRow.request_id).where(UsageIntentRow.request_id.in_(held)))
+        )
+    oldest = clock.now().astimezone(UTC) - _ABANDONED_AFTER
+    abandoned = {name: 0 for name in held if name not in ended and name not in running and moment_of(name) < oldest}
+    return {**abandoned, **{name: charge for name, charge in ended.items() if name not in running}}, int(spent or 0)

@@ -1,0 +1,33 @@
+"""What can go wrong with usage and money.
+
+AppError
+├── Forbidden
+│   └── PriceUnknown        nobody can tell what the call would cost, and a hard budget holds
+└── Unavailable
+    └── LedgerUnavailable   what is used cannot be written down just now: nothing is served that is not
+"""
+
+from __future__ import annotations
+
+from core.errors import Forbidden, Unavailable
+
+
+class PriceUnknown(Forbidden):
+    """A hard budget holds, and the model has no price, or none for what the request asks for."""
+
+    code = "model_not_priced"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"The model `{model}` cannot be used under a hard budget: what this request may cost is not known.",
+            param="model",
+        )
+
+
+class LedgerUnavailable(Unavailable):
+    """Usage cannot be made durable: no call is admitted that nobody would be billed for."""
+
+    code = "ledger_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("Usage cannot be recorded just now. Please try again.", retry_after_seconds=1)

@@ -1,0 +1,34 @@
+-- Write down which calls are about to reach a provider. A further attempt at another deployment replaces the row of the
+-- first one. As in metering/settle.sql, what many calls have in common ($7 and on) is sent once.
+
+INSERT INTO usage_intents (
+  request_id, gateway_id, started_at,
+  prompt_tokens, reserved_nano_usd, organization_id, project_id, key_id, secret_id, model, deployment,
+  operation, price_id, charge_price_id
+)
+SELECT
+  request_id, $1::text, timestamptz 'epoch' + started_ms * interval '1 millisecond',
+  prompt_tokens, reserved_nano_usd, organization_id, project_id, key_id, secret_id, model, deployment,
+  operation, price_id, charge_price_id
+FROM unnest(
+  $2::text[], $3::int8[], $4::int4[], $5::int8[], $6::int8[]
+) AS o (request_id, n, prompt_tokens, reserved_nano_usd, started_ms)
+JOIN unnest(
+  $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[],
+  $15::text[]
+) WITH ORDINALITY AS s (
+  organization_id, project_id, key_id, secret_id, model, deployment, operation, price_id, charge_price_id, n
+) USING (n)
+ON CONFLICT (request_id) DO UPDATE SET
+  gateway_id = excluded.gateway_id, checkpoint_at = now(),
+  prompt_tokens = excluded.prompt_tokens,
+  reserved_nano_usd = excluded.reserved_nano_usd,
+  organization_id = excluded.organization_id,
+  project_id = excluded.project_id,
+  key_id = excluded.key_id,
+  secret_id = excluded.secret_id,
+  model = excluded.model,
+  deployment = excluded.deployment,
+  operation = excluded.operation,
+  price_id = excluded.price_id,
+  charge_price_id = excluded.charge_price_id

@@ -1,0 +1,71 @@
+"""The ledger's months: a partition for each, made ahead; months that are kept elsewhere are dropped.
+
+Request ids sort by time and begin with it, so a month of ids is a range of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from core.ids import id_range_start, moment_of
+
+# This month's, and those that a worker which is away for two months would miss.
+_MONTHS_AHEAD: Final = 3
+# Two processes that make the same partition take turns.
+_LOCK: Final = 0x616171
+_NAME: Final = "ledger_entries_{:%Y_%m}"
+
+Run = Callable[..., Awaitable[list[Any]]]
+"""Runs a statement with arguments, and returns its rows."""
+
+
+def month_of(moment: datetime) -> datetime:
+    """Return the first instant of the month, in UTC."""
+    return moment.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+
+
+def month_after(month: datetime) -> datetime:
+    """Return the first instant of the following month."""
+    return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
+
+
+async def make_ahead(run: Run, now: datetime) -> list[str]:
+    """Make the partitions of this month and the next ones, as far as they are missing; return those that were made."""
+    months = [month_of(now)]
+    for _ in range(_MONTHS_AHEAD):
+        months.append(month_after(months[-1]))
+    return await make(run, months)
+
+
+async def make_for(run: Run, request_ids: Iterable[str]) -> list[str]:
+    """Make the partitions that entries of these requests need: for clocks that are far off, and forgotten workers."""
+    return await make(run, sorted({month_of(moment_of(request_id)) for request_id in request_ids}))
+
+
+async def make(run: Run, months: Iterable[datetime]) -> list[str]:
+    """Make the partitions of *months* that are missing. Errors: those of *run*."""
+    present = set(await partitions(run))
+    made: list[str] = []
+    for month in months:
+        name = _NAME.format(month)
+        if name in present:
+            continue
+        # Names and bounds are made of digits and our own alphabet; a statement of this kind takes no parameters.
+        first, last = id_range_start("req", month), id_range_start("req", month_after(month))
+        await run(
+            f"DO $$BEGIN PERFORM pg_advisory_xact_lock({_LOCK}); CREATE TABLE IF NOT EXISTS {name}"
+            f" PARTITION OF ledger_entries FOR VALUES FROM ('{first}') TO ('{last}'); END$$"
+        )
+        made.append(name)
+    return made
+
+
+async def partitions(run: Run) -> list[str]:
+    """Return the names of the months that there are, oldest first."""
+    rows = await run(
+        "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid"
+        " WHERE i.inhparent = 'ledger_entries'::regclass ORDER BY 1"
+    )
+    return [row[0] for row in rows]

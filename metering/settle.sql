@@ -1,0 +1,103 @@
+-- Settle a batch of calls. One statement is one transaction: the intents leave, the entries come, and everything that is
+-- made of entries grows by exactly those that came. What is sent again finds its entries there and changes nothing.
+--
+-- What many calls of a batch have in common ($12 and on) is sent once for all of them; each call's own numbers ($1 to
+-- $11) name it by its place, n. The order of the arrays is that of `metering/entries.py`.
+--
+-- Rows of windows and budgets are taken in one order, so that two gateways wait for each other and do not deadlock.
+
+WITH shared AS (
+  SELECT * FROM unnest(
+    $12::text[], $13::text[], $14::text[], $15::text[], $16::text[], $17::text[], $18::text[], $19::text[],
+    $20::text[], $21::text[], $22::int2[], $23::text[], $24::text[], $25::bool[], $26::int2[], $27::int2[],
+    $28::text[], $29::text[], $30::int2[], $31::int8[], $32::int4[], $33::int4[], $34::int4[], $35::int4[],
+    $36::int4[], $37::int4[], $38::int4[], $39::int4[]
+  ) WITH ORDINALITY AS s (
+    organization_id, project_id, key_id, secret_id, model, deployment, operation, price_id, charge_price_id,
+    kind, seq, service_tier, quality, is_unpriced, requests, status, outcome, corrects_kind, corrects_seq,
+    reported_cost_nano_usd, cache_write_tokens, cache_write_1h_tokens, input_audio_tokens, input_image_tokens,
+    output_audio_tokens, output_image_tokens, images, audio_seconds, n
+  )
+), settled AS (
+  DELETE FROM usage_intents WHERE request_id = ANY($1)
+), entered AS (
+  INSERT INTO ledger_entries (
+    request_id, duration_ms, first_byte_ms, cost_nano_usd, charge_nano_usd, input_tokens, cached_input_tokens,
+    output_tokens, reasoning_tokens, organization_id, project_id, key_id, secret_id, model, deployment,
+    operation, price_id, charge_price_id, kind, seq, service_tier, quality, is_unpriced, requests, status,
+    outcome, corrects_kind, corrects_seq, reported_cost_nano_usd, cache_write_tokens, cache_write_1h_tokens,
+    input_audio_tokens, input_image_tokens, output_audio_tokens, output_image_tokens, images, audio_seconds,
+    occurred_at
+  )
+  SELECT
+    request_id, duration_ms, first_byte_ms, cost_nano_usd, charge_nano_usd, input_tokens, cached_input_tokens,
+    output_tokens, reasoning_tokens, organization_id, project_id, key_id, secret_id, model, deployment,
+    operation, price_id, charge_price_id, kind, seq, service_tier, quality, is_unpriced, requests, status,
+    outcome, corrects_kind, corrects_seq, reported_cost_nano_usd, cache_write_tokens, cache_write_1h_tokens,
+    input_audio_tokens, input_image_tokens, output_audio_tokens, output_image_tokens, images, audio_seconds,
+    timestamptz 'epoch' + started_ms * interval '1 millisecond'
+  FROM unnest(
+    $1::text[], $2::int8[], $3::int8[], $4::int4[], $5::int4[], $6::int8[], $7::int8[], $8::int4[],
+    $9::int4[], $10::int4[], $11::int4[]
+  ) AS o (
+    request_id, n, started_ms, duration_ms, first_byte_ms, cost_nano_usd, charge_nano_usd, input_tokens,
+    cached_input_tokens, output_tokens, reasoning_tokens
+  ) JOIN shared USING (n)
+  ON CONFLICT (request_id, kind, seq) DO NOTHING
+  RETURNING *
+), summed AS (
+  INSERT INTO spend_windows AS w (
+    organization_id, project_id, key_id, model, operation, service_tier, seconds, starts_at, unpriced_requests,
+    requests, cost_nano_usd, charge_nano_usd, input_tokens, cached_input_tokens, cache_write_tokens,
+    cache_write_1h_tokens, input_audio_tokens, input_image_tokens, output_tokens, reasoning_tokens,
+    output_audio_tokens, output_image_tokens, images, audio_seconds
+  )
+  SELECT
+    organization_id, project_id, key_id, model, operation, service_tier, width.seconds,
+    date_bin(make_interval(secs => width.seconds), occurred_at, timestamptz 'epoch') AS starts_at,
+    count(*) FILTER (WHERE is_unpriced),
+    sum(requests), sum(cost_nano_usd), sum(charge_nano_usd), sum(input_tokens), sum(cached_input_tokens),
+    sum(cache_write_tokens), sum(cache_write_1h_tokens), sum(input_audio_tokens), sum(input_image_tokens),
+    sum(output_tokens), sum(reasoning_tokens), sum(output_audio_tokens), sum(output_image_tokens),
+    sum(images), sum(audio_seconds)
+  FROM entered CROSS JOIN (VALUES (60), (3600)) AS width (seconds)
+  GROUP BY organization_id, project_id, key_id, model, operation, service_tier, width.seconds, 8
+  ORDER BY organization_id, project_id, key_id, model, operation, service_tier, width.seconds, 8
+  ON CONFLICT (organization_id, seconds, starts_at, project_id, key_id, model, operation, service_tier) DO UPDATE SET
+    unpriced_requests = w.unpriced_requests + excluded.unpriced_requests,
+    requests = w.requests + excluded.requests,
+    cost_nano_usd = w.cost_nano_usd + excluded.cost_nano_usd,
+    charge_nano_usd = w.charge_nano_usd + excluded.charge_nano_usd,
+    input_tokens = w.input_tokens + excluded.input_tokens,
+    cached_input_tokens = w.cached_input_tokens + excluded.cached_input_tokens,
+    cache_write_tokens = w.cache_write_tokens + excluded.cache_write_tokens,
+    cache_write_1h_tokens = w.cache_write_1h_tokens + excluded.cache_write_1h_tokens,
+    input_audio_tokens = w.input_audio_tokens + excluded.input_audio_tokens,
+    input_image_tokens = w.input_image_tokens + excluded.input_image_tokens,
+    output_tokens = w.output_tokens + excluded.output_tokens,
+    reasoning_tokens = w.reasoning_tokens + excluded.reasoning_tokens,
+    output_audio_tokens = w.output_audio_tokens + excluded.output_audio_tokens,
+    output_image_tokens = w.output_image_tokens + excluded.output_image_tokens,
+    images = w.images + excluded.images,
+    audio_seconds = w.audio_seconds + excluded.audio_seconds
+), spent AS (
+  INSERT INTO budget_periods AS p (budget_id, starts_at, spent_nano_usd)
+  SELECT
+    b.id, CASE b.period WHEN 'total' THEN timestamptz 'epoch' ELSE date_trunc(b.period, occurred_at, 'UTC') END,
+    sum(charge_nano_usd)
+  FROM entered e JOIN budgets b ON b.organization_id = e.organization_id
+    AND b.scope_id = CASE b.scope WHEN 'key' THEN e.key_id WHEN 'project' THEN e.project_id ELSE e.organization_id END
+  GROUP BY 1, 2
+  ORDER BY 1, 2
+  ON CONFLICT (budget_id, starts_at) DO UPDATE SET spent_nano_usd = p.spent_nano_usd + excluded.spent_nano_usd
+  RETURNING budget_id, starts_at, spent_nano_usd
+), told AS (
+  INSERT INTO budget_events (
+    budget_id, starts_at, threshold_percent, organization_id, spent_nano_usd, limit_nano_usd
+  )
+  SELECT s.budget_id, s.starts_at, percent, b.organization_id, s.spent_nano_usd, b.limit_nano_usd
+  FROM spent s JOIN budgets b ON b.id = s.budget_id CROSS JOIN (VALUES (50), (80), (100)) AS threshold (percent)
+  WHERE s.spent_nano_usd::numeric * 100 >= b.limit_nano_usd::numeric * percent
+  ON CONFLICT (budget_id, starts_at, threshold_percent) DO NOTHING
+)
+SELECT count(*) FROM entered

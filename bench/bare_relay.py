@@ -22,7 +22,8 @@ from inference.upstreams.http1 import Http1Client
 from inference.upstreams.http1_errors import UpstreamError
 from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
 from inference.upstreams.http1_response import Http1Response
-from inference.usage import TokenUsage, usage_of
+from inference.usage import reported_in
+from metering.normalise import OpenAIUsage
 
 _DEADLINES = Deadlines(connect_seconds=5.0, first_byte_seconds=60.0, idle_seconds=60.0, total_seconds=300.0)
 _REQUEST_HEADERS = [(b"content-type", b"application/json"), (b"authorization", b"Bearer sk-mock")]
@@ -36,7 +37,7 @@ class BareRelay:
     def __init__(self, upstream_port: int) -> None:
         self._client = Http1Client(limits=ConnectionLimits(connections_per_origin_max=8192))
         self._buckets: dict[bytes, list[float]] = {}
-        self._usage: deque[tuple[bytes, TokenUsage | None]] = deque(maxlen=10_000)
+        self._usage: deque[tuple[bytes, OpenAIUsage | None]] = deque(maxlen=10_000)
         self._origin = Origin("http", "127.0.0.1", upstream_port)
 
     async def serve(self, request: HttpRequest) -> None:
@@ -71,13 +72,13 @@ def _take(bucket: list[float]) -> bool:
     return bucket[0] >= 0
 
 
-async def _pass_on(response: Http1Response, request: HttpRequest) -> TokenUsage | None:
+async def _pass_on(response: Http1Response, request: HttpRequest) -> OpenAIUsage | None:
     """Forward what has arrived as one write, as often as something has; a whole answer is one write too."""
     lines = header_lines([header for header in response.headers if header[0] == b"content-type"])
     if any(name == b"content-length" for name, _ in response.headers):
         body = await response.read_all(_BODY_BYTES_MAX)
         request.respond(response.status, lines, body)
-        return usage_of(body)
+        return reported_in(body).usage
     request.begin(response.status, lines, await response.read())
     while piece := await response.read():
         request.write(piece)

@@ -67,6 +67,23 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
     requests: bool
 
 
+class LedgerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How usage is kept."""
+
+    lease_seconds: float
+    """A gateway that has not been heard of for so long is dead, and its calls are entered by estimate."""
+    retention_months: int
+    """Whole months of entries that are kept in PostgreSQL; older ones are archived. 0 keeps all."""
+    archive_dir: Path
+
+
+class IdempotencySettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How long and how much is kept of answers to requests with an Idempotency-Key."""
+
+    retention_seconds: float
+    answer_bytes_max: int
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the environment says. None for a store means: embedded, under *data_dir*."""
 
@@ -77,6 +94,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     peppers: tuple[Pepper, ...]
     first_run: bool
     edge: EdgeSettings
+    ledger: LedgerSettings
+    idempotency: IdempotencySettings
     log: LogSettings
 
 
@@ -110,14 +129,24 @@ def load(environ: Mapping[str, str]) -> Settings:
         level=read("AAP_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error")),
         requests=read("AAP_LOG_REQUESTS", default=True, parse=_boolean),
     )
+    data_dir = read("AAP_DATA_DIR", Path(".data"), Path).absolute()
     settings = Settings(
-        data_dir=read("AAP_DATA_DIR", Path(".data"), Path).absolute(),
+        data_dir=data_dir,
         config_path=read("AAP_CONFIG", Path("aap.toml"), Path).absolute(),
         database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
         redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
         peppers=read("AAP_KEY_PEPPERS", (), _peppers),
         first_run=read("AAP_FIRST_RUN", default=True, parse=_boolean),
         edge=_edge(reader, environ),
+        ledger=LedgerSettings(
+            lease_seconds=read("AAP_GATEWAY_LEASE_SECONDS", 15.0, _lease),
+            retention_months=read("AAP_LEDGER_RETENTION_MONTHS", 0, _integer(0, 1200)),
+            archive_dir=read("AAP_LEDGER_ARCHIVE_DIR", data_dir / "archive", Path).absolute(),
+        ),
+        idempotency=IdempotencySettings(
+            retention_seconds=read("AAP_IDEMPOTENCY_SECONDS", 86_400.0, _seconds),
+            answer_bytes_max=read("AAP_IDEMPOTENCY_BYTES_MAX", 1024 * 1024, _integer(0, 1 << 26)),
+        ),
         log=log,
     )
     problems = reader.problems
@@ -173,6 +202,14 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 86_400:
         raise ValueError(f"expected seconds from 0 to 86400, got {text!r}")
+    return value
+
+
+def _lease(text: str) -> float:
+    value = float(text)
+    # It is renewed every two seconds: less would take every pause for a death.
+    if not 5 <= value <= 300:
+        raise ValueError(f"expected seconds from 5 to 300, got {text!r}")
     return value
 
 

@@ -53,6 +53,11 @@ def passed_on(upstream_headers: Sequence[tuple[bytes, bytes]]) -> bytes:
     return b"".join([b"%b: %b\r\n" % header for header in upstream_headers if header[0] in _PASSED_ON])
 
 
+def cost_line(usd: str) -> bytes:
+    """Return the header that says what the call is charged; nothing where nobody can say."""
+    return b"x-request-cost-usd: %b\r\n" % usd.encode() if usd else b""
+
+
 def go_duration(milliseconds: int) -> bytes:
     """Return a duration as Go prints it, the form of OpenAI's headers: `0s`, `120ms`, `1.5s`, `6m0s`."""
     if milliseconds <= 0:

@@ -29,7 +29,7 @@ from gateway.errors import (
 )
 from gateway.http1.asgi import serve_asgi
 from gateway.http1.request import HttpRequest
-from gateway.routes import health, metrics, models
+from gateway.routes import health, ledger, metrics, models, usage
 from gateway.routes.dependencies import provide_principal, provide_runtime
 from gateway.routes.openapi import describe_hot_routes
 from gateway.runtime import Runtime
@@ -59,7 +59,7 @@ class Application:
 def create_site(runtime: Runtime) -> Litestar:
     """Return the routes that are not hot."""
     site = Litestar(
-        route_handlers=[*models.ROUTES, *health.ROUTES, *metrics.ROUTES],
+        route_handlers=[*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *health.ROUTES, *metrics.ROUTES],
         state=State({"runtime": runtime}),
         dependencies={
             "runtime": Provide(provide_runtime, sync_to_thread=False),

@@ -15,12 +15,14 @@ from core.errors import AppError, UpstreamFailed
 from core.ids import new_id
 from core.settings import EdgeSettings
 from gateway.admission import Admission
-from gateway.answers import answer_lines, passed_on
+from gateway.answers import answer_lines, cost_line, passed_on
 from gateway.authentication import credential_in
 from gateway.client_address import client_address
 from gateway.errors import ClientGone, ContentTypeUnsupported, MethodNotAllowed
 from gateway.http1.request import HttpRequest
+from gateway.idempotency import Claim, Idempotency
 from gateway.live import LiveRuns, Run
+from gateway.once import Once
 from inference.call import Call, Inference
 from inference.endpoints import ENDPOINTS, Endpoint
 from inference.exchange import Exchange
@@ -42,12 +44,14 @@ class HotRoutes:
         inference: Inference,
         admission: Admission,
         live: LiveRuns,
+        idempotency: Idempotency,
     ) -> None:
         self._settings = settings
         self._authenticator = authenticator
         self._inference = inference
         self._admission = admission
         self._live = live
+        self._once = Once(idempotency, self._perform)
         self._loop = asyncio.get_running_loop()
         self.endpoints = {(_PREFIX + endpoint.path).encode(): endpoint for endpoint in ENDPOINTS}
 
@@ -99,19 +103,32 @@ class HotRoutes:
             if body is None:
                 body = await request.read_body(bytes_max)
             run.phase, run.since = "waiting", self._loop.time()
-            call = await self._inference.open(exchange, content_type, body)
-            if call.is_stream:
-                await self._stream(run, call)
+            key = request.found.get(b"idempotency-key")
+            if key is not None and self._once.is_on:
+                await self._once.answer(run, key, content_type, body)
             else:
-                run.phase = "running"
-                answer = await call.collect()
-                lines = answer_lines(exchange, call.content_type) + passed_on(call.headers)
-                if run.whole(call.status, lines, answer):
-                    await run.drained()
+                await self._perform(run, content_type, body)
         finally:
             self._admission.leave()
 
-    async def _stream(self, run: Run, call: Call) -> None:
+    async def _perform(self, run: Run, content_type: bytes, body: bytes, claim: Claim | None = None) -> None:
+        """Have the call answered, and pass the answer on."""
+        exchange = run.exchange
+        call = await self._inference.open(exchange, content_type, body)
+        if call.is_stream:
+            await self._stream(run, call, claim)
+            return
+        run.phase = "running"
+        answer = await call.collect()
+        if claim is not None:
+            claim.recording.begin(call.status, call.content_type, is_stream=False)
+            claim.recording.write(answer)
+            await self._once.keep(claim, exchange)
+        lines = answer_lines(exchange, call.content_type) + passed_on(call.headers) + cost_line(call.charged)
+        if run.whole(call.status, lines, answer):
+            await run.drained()
+
+    async def _stream(self, run: Run, call: Call, claim: Claim | None) -> None:
         """Pass the events through, also when nobody listens any more: the last one says what the provider bills."""
         exchange = run.exchange
         try:
@@ -126,6 +143,8 @@ class HotRoutes:
         except asyncio.CancelledError:
             call.abort()
             raise
+        if claim is not None:
+            await self._once.keep(claim, exchange)
         if run.is_gone:
             exchange.outcome = "client_gone"
         run.end()

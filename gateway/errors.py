@@ -8,8 +8,13 @@ AppError
 │   ├── RequestMalformed       400, and the connection is closed
 │   ├── HeadTooLarge           431, and the connection is closed
 │   ├── ClientGone             499, which only logs ever see
+│   ├── IdempotencyKeyInvalid  400
+│   ├── IdempotencyKeyReused   422
 │   ├── MethodNotAllowed       405
 │   └── RequestTimedOut        408
+├── Conflict
+│   ├── AnswerTooLarge         409
+│   └── StillRunning           409
 ├── NotFound
 │   └── RouteNotFound          404
 └── Unavailable
@@ -116,6 +121,44 @@ class RequestTimedOut(Invalid):
         super().__init__("The request did not arrive in time.")
 
 
+class IdempotencyKeyInvalid(Invalid):
+    """The Idempotency-Key is empty, too long, or not plain text."""
+
+    code = "idempotency_key_invalid"
+
+    def __init__(self) -> None:
+        super().__init__("Invalid Idempotency-Key: expected 1 to 255 printable ASCII characters.")
+
+
+class IdempotencyKeyReused(Invalid):
+    """The Idempotency-Key belongs to another request."""
+
+    code = "idempotency_key_reused"
+
+    def __init__(self) -> None:
+        super().__init__("This Idempotency-Key was used with another request. Use a new one for each request.")
+
+
+class AnswerTooLarge(Conflict):
+    """The request was answered, and the answer is too large to be given again."""
+
+    code = "idempotent_answer_too_large"
+
+    def __init__(self) -> None:
+        super().__init__("This request was answered before, and its answer was too large to be kept.")
+
+
+class StillRunning(Conflict):
+    """Another request with the same Idempotency-Key is still being worked on."""
+
+    code = "idempotent_request_in_progress"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "A request with the same Idempotency-Key is still in progress. Please try again.", retry_after_seconds=5
+        )
+
+
 class RouteNotFound(NotFound):
     """Nothing is served under this path."""
 
@@ -149,6 +192,7 @@ _FORMS: Final[tuple[tuple[type[AppError], int, str], ...]] = (
     (HeadTooLarge, 431, "invalid_request_error"),
     (ClientGone, 499, "invalid_request_error"),
     (ContentTypeUnsupported, 415, "invalid_request_error"),
+    (IdempotencyKeyReused, 422, "invalid_request_error"),
     (MethodNotAllowed, 405, "invalid_request_error"),
     (RequestTimedOut, 408, "invalid_request_error"),
     (UpstreamTimedOut, 504, "server_error"),
@@ -211,8 +255,8 @@ def headers_of(error: Exception) -> Headers:
         wait_seconds = error.retry_after_seconds
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait_seconds))))
         headers.append((b"retry-after-ms", b"%d" % max(1, math.ceil(wait_seconds * 1000))))
-    if isinstance(error, PaymentRequired):
-        # Official clients retry every 429 unless told otherwise; no retry helps here.
+    if isinstance(error, PaymentRequired | AnswerTooLarge):
+        # Official clients retry every 409 and 429 unless told otherwise; no retry helps here.
         headers.append((b"x-should-retry", b"false"))
     if isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode()))  # RFC 9110, 15.5.6

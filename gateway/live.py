@@ -15,6 +15,7 @@ from core.settings import EdgeSettings
 from gateway.answers import answer_lines, limit_lines
 from gateway.errors import ClientGone, body_of, headers_of, status_of
 from gateway.http1.request import HttpRequest, header_lines
+from gateway.recording import Recording
 from inference.errors import StreamInterrupted
 from inference.exchange import Exchange
 from keys.errors import RateLimitReached
@@ -43,6 +44,7 @@ class Run:
         "interruption",
         "is_gone",
         "phase",
+        "recording",
         "renewed_at",
         "since",
         "task",
@@ -56,6 +58,8 @@ class Run:
         self.renewed_at = now
         self.is_gone = False
         self.interruption: AppError | None = None
+        self.recording: Recording | None = None
+        """What others join who ask for the same; set for requests with an Idempotency-Key."""
         self._request = request
         self._last = _KEEP_ALIVE
 
@@ -71,13 +75,20 @@ class Run:
 
     def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
         """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""
+        if self.recording is not None:
+            self.recording.begin(status, content_type, is_stream=True)
+            self.recording.write(first)
         if not self._request.is_started:
             self._commit(status, content_type, more, first)
-            return self._request.is_blocked
-        return self.write(first)
+        else:
+            self._last = first
+            self._request.write(first)
+        return self._request.is_blocked
 
     def write(self, data: bytes) -> bool:
         """Send a part of a stream; tell whether to await `drained` before the next one."""
+        if self.recording is not None:
+            self.recording.write(data)
         self._last = data
         self._request.write(data)
         return self._request.is_blocked
@@ -123,9 +134,11 @@ class Run:
             self.task.cancel()
 
     def hang_up(self) -> None:
-        """Note that the caller is gone; under the policy `abort`, end the call."""
+        """Note that the caller is gone; under the policy `abort`, end the call, unless others wait for its answer."""
         self.is_gone = True
         principal = self.exchange.principal
+        if self.recording is not None and self.recording.followers:
+            return
         if principal is not None and principal.disconnect_policy == "abort":
             self.interrupt(ClientGone())
 
@@ -161,6 +174,11 @@ class LiveRuns:
     def streams(self) -> int:
         """How many of them are streams."""
         return sum(1 for run in self._runs if run.exchange.is_stream)
+
+    def observed(self) -> tuple[list[str], list[int]]:
+        """Return the calls that a provider may be working on, and how many tokens of each have come out."""
+        running = [run.exchange for run in self._runs if run.exchange.intent is not None]
+        return [one.request_id for one in running], [one.observed_output_tokens for one in running]
 
     def start(self) -> None:
         """Start the clock."""

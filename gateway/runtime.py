@@ -13,7 +13,7 @@ from typing import Any, Final
 import structlog
 
 from core.clock import SystemClock
-from core.database import Database
+from core.database import DOWN, Database
 from core.ids import GatewayId, new_id
 from core.log_writer import LogWriter
 from core.redis import Scripts, scripts_for
@@ -22,11 +22,14 @@ from gateway.admission import Admission
 from gateway.catalog_file import CatalogFile
 from gateway.edge import HotRoutes
 from gateway.http1.listener import Listener
+from gateway.idempotency import Idempotency
+from gateway.idempotency_claims import Claims
 from gateway.live import LiveRuns
 from gateway.metrics import CallMetrics
 from gateway.request_log import RequestLog
 from inference.call import Inference
 from inference.exchange import Exchange
+from inference.metered import CallMeter
 from inference.routing import Router
 from inference.upstreams.connections import ConnectionLimits
 from inference.upstreams.demo import Demo
@@ -40,6 +43,9 @@ from keys.limits import QUOTA_SCRIPTS
 from keys.local_quota import LocalQuota
 from keys.quota import Quota
 from keys.revocation import KeyFeed
+from metering.budgets import SpentBudgets
+from metering.ledger import Ledger
+from metering.prices import PriceBook
 
 # Two looks make a change, so that it is taken over within a second.
 _RELOAD_SECONDS: Final = 0.5
@@ -48,6 +54,8 @@ _BUFFERED_BYTES_MAX: Final = 64 * 1024
 # Each statement of a gateway touches a few rows; a connection that takes longer is broken, and is dropped.
 _STATEMENT_SECONDS_MAX: Final = 5.0
 _SNAPSHOT_SECONDS: Final = 2.0
+# A new price holds on every gateway this long after it was set, at the latest.
+_PRICES_SECONDS: Final = 5.0
 _log = structlog.get_logger(__name__)
 
 
@@ -57,6 +65,7 @@ class Runtime:
     def __init__(
         self, settings: Settings, log: LogWriter, *, database: Database, scripts: Scripts, feed: KeyFeed
     ) -> None:
+        assert settings.database_url is not None
         self.settings = settings
         self.database = database
         self.scripts = scripts
@@ -69,7 +78,8 @@ class Runtime:
             ),
             proxies=ProxySettings.from_environ(os.environ),
         )
-        self.quota = Quota(scripts, LocalQuota(SystemClock(), lambda: feed.live_gateways))
+        self.clock = SystemClock()
+        self.quota = Quota(scripts, LocalQuota(self.clock, lambda: feed.live_gateways), SpentBudgets(database))
         self.authenticator = Authenticator(
             database,
             settings.peppers,
@@ -78,6 +88,8 @@ class Runtime:
         )
         self.admission = Admission(settings.edge)
         self.live = LiveRuns(settings.edge, self.quota)
+        self.prices = PriceBook(self.clock)
+        self.ledger = Ledger(settings.database_url, feed.gateway_id, self.clock, observed=self.live.observed)
         self.is_stopping = False
         self.listener: Listener | None = None
         self.log = log
@@ -89,6 +101,7 @@ class Runtime:
             quota=self.quota,
             router=self.router,
             upstreams=self.upstreams,
+            meter=CallMeter(self.ledger, self.prices),
             on_settled=self._report,
         )
         self.hot = HotRoutes(
@@ -97,10 +110,19 @@ class Runtime:
             inference=self.inference,
             admission=self.admission,
             live=self.live,
+            idempotency=Idempotency(
+                Claims(
+                    database,
+                    feed.gateway_id,
+                    kept_seconds=settings.idempotency.retention_seconds,
+                    lease_seconds=settings.ledger.lease_seconds,
+                ),
+                settings.idempotency,
+            ),
         )
 
     def _report(self, exchange: Exchange) -> None:
-        """Say that a call has ended: the seam at which the ledger will join the log and the metrics."""
+        """Say that a call has ended."""
         duration_seconds = time.perf_counter() - exchange.started_at
         self.metrics.count(exchange, duration_seconds)
         if self.settings.log.requests:
@@ -111,6 +133,8 @@ class Runtime:
         counters = {
             "aap_quota_local_decisions": float(self.quota.local_decisions),
             "aap_admission_refused": float(self.admission.refused),
+            "aap_ledger_failed_writes": float(self.ledger.failures),
+            "aap_ledger_refused_rows": float(self.ledger.refused_rows),
             "aap_log_dropped_writes": float(self.log.dropped),
             "aap_upstream_requests_on_reused_connections": float(self.client.requests_reused),
             "aap_upstream_stale_retries": float(self.client.requests_retried_stale),
@@ -125,6 +149,9 @@ class Runtime:
             "aap_event_loop_lag_seconds": self.live.lag_seconds,
             "aap_key_feed_live": float(self.feed.is_live()),
             "aap_quota_undelivered_settlements": float(len(self.scripts.undelivered)),
+            "aap_ledger_intents_waiting": float(self.ledger.intents_waiting),
+            "aap_ledger_entries_waiting": float(self.ledger.entries_waiting),
+            "aap_ledger_undurable_seconds": self.ledger.undurable_seconds,
             "aap_redis_up": float(self.scripts.is_up),
             "aap_deployments_resting": float(
                 sum(
@@ -140,18 +167,31 @@ class Runtime:
 
     async def keep_house(self) -> None:
         """Reload aap.toml when it changes, write down when keys were used, leave the metrics for a scrape."""
-        flushed_at = saved_at = time.monotonic()
+        flushed_at = saved_at = priced_at = time.monotonic()
         while True:
             await asyncio.sleep(_RELOAD_SECONDS)
             if self.catalog_file.reload_if_changed():
                 self.authenticator.forget_all()
             now = time.monotonic()
+            if now - priced_at >= _PRICES_SECONDS or not self.prices.is_loaded:
+                priced_at = now
+                await self.refresh_prices()
             if now - saved_at >= _SNAPSHOT_SECONDS:
                 saved_at = now
                 self.metrics.save()
             if now - flushed_at >= usage_marks.FLUSH_SECONDS:
                 flushed_at = now
                 await self.flush_marks()
+
+    async def refresh_prices(self) -> None:
+        """Read the prices of the catalog's models, if any have changed. PostgreSQL down: next time."""
+        names = {model.name for model in self.catalog_file.catalog}
+        for model in self.catalog_file.catalog:
+            names.update(name for deployment in model.deployments for name in deployment.price_names)
+        try:
+            await self.prices.refresh(self.database, names)
+        except DOWN as error:
+            _log.warning("prices.not_read", error=type(error).__name__)
 
     async def flush_marks(self) -> None:
         """Write down when keys were used. PostgreSQL down: next time."""
@@ -172,6 +212,8 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
     await scripts.start()
     runtime = Runtime(settings, log, database=database, scripts=scripts, feed=feed)
     await feed.start(runtime.authenticator.forget)
+    await runtime.refresh_prices()
+    await runtime.ledger.start()
     runtime.live.start()
     housekeeping = asyncio.create_task(runtime.keep_house())
     try:
@@ -182,6 +224,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         await runtime.live.close()
         await runtime.flush_marks()
         runtime.quota.flush()
+        await runtime.ledger.close()
         runtime.request_log.flush()
         runtime.metrics.save()
         await _close_all(runtime)

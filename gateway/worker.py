@@ -13,13 +13,15 @@ import uvloop
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
+from core.clock import SystemClock
 from core.database import DOWN, Database
 from core.redis import connect
 from core.settings import Settings, load
 from core.telemetry import configure_logs
-from gateway import lifeline
+from gateway import idempotency_claims, lifeline
 from keys.quota_pruning import prune_buckets
 from keys.secrets import redact
+from metering.worker import MeteringStores, MeteringWorker
 
 _PRUNE_SECONDS: Final = 3_600.0
 _RETRY_SECONDS: Final = 30.0
@@ -37,14 +39,17 @@ async def work(settings: Settings) -> None:
         loop.add_signal_handler(number, stop.set)
     lifeline.watch(stop)
     assert settings.redis_url is not None
-    database = Database(settings.database_url, connections_max=2)
+    database = Database(settings.database_url, connections_max=3)
     redis = connect(settings.redis_url)
+    metering = MeteringWorker(MeteringStores(settings.database_url, database, redis), settings.ledger, SystemClock())
+    metering_task = asyncio.create_task(metering.run())
     _log.info("worker.started")
     while not stop.is_set():
         pause_seconds = _PRUNE_SECONDS
         try:
             await prune_key_changes(database)
             await prune_buckets(redis)
+            await idempotency_claims.prune(database)
         except (*DOWN, RedisError) as error:
             # Often a store, or a schema, that is only just coming up.
             pause_seconds = _RETRY_SECONDS
@@ -54,6 +59,8 @@ async def work(settings: Settings) -> None:
                 await stop.wait()
         except TimeoutError:
             continue
+    metering_task.cancel()
+    await asyncio.gather(metering_task, return_exceptions=True)
     await redis.aclose()
     await database.close()
     _log.info("worker.stopped")

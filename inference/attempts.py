@@ -19,6 +19,7 @@ from core.errors import AppError
 from inference.catalog import Deployment, Model
 from inference.errors import NoDeploymentAvailable, UpstreamUnreachable
 from inference.exchange import Exchange
+from inference.metered import CallMeter
 from inference.routing import Router
 from inference.upstreams.base import JSON, Answer, HeldAnswer, Upstream, UpstreamCall
 from inference.upstreams.http1_errors import (
@@ -46,10 +47,11 @@ _ERROR_PREFIX_BYTES: Final = 8_192
 
 
 class AttemptPolicy(msgspec.Struct, frozen=True):
-    """Who chooses, and who connects."""
+    """Who chooses, who connects, and who writes down that it happens."""
 
     router: Router
     upstreams: Mapping[str, Upstream]
+    meter: CallMeter
 
 
 class _Refused(Exception):
@@ -66,7 +68,7 @@ async def open_answer(
 ) -> tuple[Answer, bytes]:
     """Return an answer, and what of its body was already read to know that it is good.
 
-    Errors: UpstreamError, UpstreamUnreachable, NoDeploymentAvailable, ParameterUnsupported.
+    Errors: UpstreamError, UpstreamUnreachable, NoDeploymentAvailable, ParameterUnsupported, LedgerUnavailable.
     """
     failed: list[Deployment] = []
     last: UpstreamError | _Refused | None = None
@@ -83,6 +85,7 @@ async def open_answer(
         is_first = deployment not in failed
         call = UpstreamCall(exchange.endpoint, request, deployment)
         try:
+            policy.meter.begin(exchange, deployment, request.prompt_tokens)
             answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
             # An answer that is not streamed is judged by its status alone.
             first = b"" if answer.status == 200 and not request.is_stream else await _first_bytes(answer, call)

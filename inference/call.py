@@ -9,7 +9,9 @@ from inference.attempts import AttemptPolicy, open_answer
 from inference.catalog import Catalog, Model
 from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
 from inference.exchange import Exchange
+from inference.metered import CallMeter, known_tier
 from inference.routing import Router
+from inference.tokens import estimate_text_tokens
 from inference.upstreams.base import Answer, Upstream
 from inference.upstreams.http1_errors import (
     BodyTooLarge,
@@ -21,7 +23,7 @@ from inference.upstreams.http1_errors import (
     UpstreamError,
 )
 from inference.upstreams.sse import SseRelay
-from inference.usage import usage_of
+from inference.usage import reported_in
 from inference.wire import ParsedRequest, parse
 from keys.limits import QuotaPlan
 from keys.quota import Quota
@@ -42,29 +44,46 @@ class Inference:
         quota: Quota,
         router: Router,
         upstreams: Mapping[str, Upstream],
+        meter: CallMeter,
         on_settled: Callable[[Exchange], None],
     ) -> None:
         self._catalog = catalog
         self._quota = quota
-        self._policy = AttemptPolicy(router, upstreams)
+        self._meter = meter
+        self._policy = AttemptPolicy(router, upstreams, meter)
         self._on_settled = on_settled
 
     async def open(self, exchange: Exchange, content_type: bytes, body: bytes) -> Call:
         """Admit the call and bring it to where its first bytes are known to be good.
 
+        No byte goes to the caller before its intent is durable; that is awaited once the provider has begun to answer.
         Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
-        UpstreamUnreachable, UpstreamTimedOut, NoDeploymentAvailable, ParameterUnsupported.
+        BudgetExhausted, QuotaUnverifiable, PriceUnknown, LedgerUnavailable, UpstreamUnreachable, UpstreamTimedOut,
+        NoDeploymentAvailable, ParameterUnsupported.
         """
         request, model, plan = self._read(exchange, content_type, body)
         output_tokens = min(request.output_tokens, model.output_tokens_max) * request.choices
         exchange.reservation = await self._quota.reserve(
-            exchange.request_id, plan, request.prompt_tokens, output_tokens
+            exchange.request_id,
+            plan,
+            request.prompt_tokens,
+            output_tokens,
+            self._meter.spend_of(exchange, model, request, plan),
         )
         try:
             answer, first = await open_answer(self._policy, exchange, model, request)
         except UpstreamError as error:
             raise translated(error) from error
-        return Call(exchange, request, answer, first)
+        intent = exchange.intent
+        if intent is not None and not intent.done():
+            try:
+                await intent
+            except BaseException:
+                answer.abort()
+                raise
+        elif intent is not None:
+            intent.result()
+        return Call(exchange, request, answer, first, self._meter)
 
     def _read(self, exchange: Exchange, content_type: bytes, body: bytes) -> tuple[ParsedRequest, Model, QuotaPlan]:
         """Return what is asked for, and the limits that hold for it, if the caller may ask for it."""
@@ -82,28 +101,48 @@ class Inference:
         return request, model, principal.plan_for(model.name)
 
     def settle(self, exchange: Exchange) -> None:
-        """Give back what the call did not use, and report it. Idempotent by the reservation; never fails."""
+        """Give back what the call did not use, enter what it did, and report it. Idempotent; never fails.
+
+        Redis is told before PostgreSQL: so it never knows less of a budget (`metering/budgets.py`).
+        """
+        charge = self._meter.end(exchange)
         reservation = exchange.reservation
         if reservation is not None:
-            self._quota.settle(reservation, sum(exchange.tokens))
+            self._quota.settle(reservation, sum(exchange.tokens), charge)
         self._on_settled(exchange)
 
 
 class Call:
     """A call whose answer has begun. Exactly one task reads it."""
 
-    __slots__ = ("_answer", "_exchange", "_first", "_relay", "content_type", "headers", "status")
+    __slots__ = ("_answer", "_exchange", "_first", "_meter", "_relay", "content_type", "headers", "status")
 
-    def __init__(self, exchange: Exchange, request: ParsedRequest, answer: Answer, first: bytes) -> None:
+    def __init__(
+        self, exchange: Exchange, request: ParsedRequest, answer: Answer, first: bytes, meter: CallMeter
+    ) -> None:
         self._exchange = exchange
+        self._meter = meter
         self._answer = answer
         self._first = first
         self.status = answer.status
         self.headers = answer.headers
         self.content_type = _content_type(answer)
         is_events = self.content_type.startswith(b"text/event-stream")
-        self._relay = SseRelay(hides_usage=not request.shows_usage) if is_events else None
+        self._relay = self._relay_for(request) if is_events else None
+        exchange.relay = self._relay
         exchange.upstream_status = answer.status
+
+    def _relay_for(self, request: ParsedRequest) -> SseRelay:
+        principal = self._exchange.principal
+        return SseRelay(
+            hides_usage=not request.shows_usage,
+            counts_text=principal is not None and principal.disconnect_policy == "abort",
+            cost_of=self._cost_of if request.shows_cost else None,
+        )
+
+    def _cost_of(self, relay: SseRelay) -> str:
+        self._observe(relay)
+        return self._meter.charged(self._exchange)
 
     @property
     def is_stream(self) -> bool:
@@ -119,8 +158,12 @@ class Call:
         exchange = self._exchange
         exchange.outcome = "done"
         if self.status < 300:
-            exchange.usage = usage_of(body)
-            exchange.is_estimated = exchange.usage is None
+            reported = reported_in(body)
+            exchange.usage = reported.usage
+            exchange.service_tier = known_tier(reported.service_tier)
+            exchange.is_estimated = reported.usage is None
+            if reported.usage is None:
+                exchange.tokens_estimated = (exchange.tokens_estimated[0], estimate_text_tokens(body))
         else:
             exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
         return body
@@ -154,6 +197,11 @@ class Call:
         self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
         return rest
 
+    @property
+    def charged(self) -> str:
+        """What the call is charged, in US dollars; "" while nobody can say."""
+        return self._meter.charged(self._exchange)
+
     def abort(self) -> None:
         """Stop the provider at once, and keep what was seen until now."""
         self._answer.abort()
@@ -164,9 +212,10 @@ class Call:
         exchange = self._exchange
         if relay.usage is not None:
             exchange.usage = relay.usage
+            exchange.service_tier = known_tier(relay.service_tier)
             exchange.is_estimated = False
         else:
-            exchange.tokens_estimated = (exchange.tokens_estimated[0], relay.events)
+            exchange.tokens_estimated = (exchange.tokens_estimated[0], relay.observed_tokens)
         if relay.error is not None:
             exchange.error_code = "upstream_error_after_first_byte"
 

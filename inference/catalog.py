@@ -16,6 +16,9 @@ ProviderKind = Literal["openai", "litellm", "demo"]
 OPENAI_BASE_URL: Final = "https://api.openai.com/v1"
 DEMO_MODEL: Final = "demo"
 _MODEL_CREATED: Final = 1_700_000_000
+# Whose models stand in litellm's price list under their bare names. A model of that name at another provider is another
+# offer, at another price.
+_LISTED_BARE: Final = frozenset({"openai", "anthropic", "bedrock", "bedrock_converse", "cohere", "vertex_ai"})
 _T = TypeVar("_T", bound=msgspec.Struct)
 
 
@@ -93,6 +96,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     model: str
     weight: int
     deadlines: Deadlines
+    price_names: tuple[str, ...] = ()
+    """Under which names litellm's price list may have it, best first."""
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -245,7 +250,13 @@ def _deployments(
             model=deployment.model,
             weight=deployment.weight,
             deadlines=provider.settings.deadlines.as_deadlines(),
+            price_names=_price_names(provider, deployment.model),
         )
+
+
+def _price_names(provider: Provider, model: str) -> tuple[str, ...]:
+    family = provider.settings.litellm_provider or provider.name
+    return (f"{family}/{model}", model) if family in _LISTED_BARE else (f"{family}/{model}",)
 
 
 def _openai_models() -> dict[str, ModelSettings]:

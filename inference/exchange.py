@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from inference.catalog import Deployment
 from inference.endpoints import Endpoint
-from inference.usage import TokenUsage
+from inference.upstreams.sse import SseRelay
 from keys.principal import Principal
 from keys.quota import Reservation
+from metering.normalise import OpenAIUsage
+from metering.prices import CallPrices
+from metering.usage import Units
 
 
 class Exchange:
@@ -16,20 +20,28 @@ class Exchange:
 
     __slots__ = (
         "attempts",
+        "charge_nano_usd",
+        "cost_nano_usd",
         "deployment",
         "endpoint",
         "error_code",
         "first_byte_at",
+        "intent",
         "is_estimated",
         "is_stream",
         "model",
         "outcome",
+        "prices",
         "principal",
+        "relay",
         "request_id",
         "reservation",
+        "service_tier",
         "started_at",
+        "started_ms",
         "status",
         "tokens_estimated",
+        "units",
         "upstream_status",
         "usage",
     )
@@ -38,6 +50,7 @@ class Exchange:
         self.request_id = request_id
         self.endpoint = endpoint
         self.started_at = time.perf_counter()
+        self.started_ms = time.time_ns() // 1_000_000
         self.first_byte_at = 0.0
         self.principal: Principal | None = None
         self.model = ""
@@ -47,12 +60,25 @@ class Exchange:
         self.attempts = 0
         self.status = 0
         self.upstream_status = 0
-        self.usage: TokenUsage | None = None
+        self.usage: OpenAIUsage | None = None
         self.is_estimated = False
         self.tokens_estimated: tuple[int, int] = (0, 0)
         # done | client_gone | interrupted | upstream_failed | refused
         self.outcome = "refused"
         self.error_code: str | None = None
+        # Of the ledger: what it was told before the first byte, and what it will be told in the end.
+        self.intent: asyncio.Future[None] | None = None
+        self.prices: CallPrices | None = None
+        self.service_tier = "default"
+        self.units: Units | None = None
+        self.cost_nano_usd: int | None = 0
+        self.charge_nano_usd: int | None = 0
+        self.relay: SseRelay | None = None
+
+    @property
+    def observed_output_tokens(self) -> int:
+        """How many tokens have come out so far, as far as that can be seen."""
+        return 0 if self.relay is None else self.relay.observed_tokens
 
     @property
     def tokens(self) -> tuple[int, int]:

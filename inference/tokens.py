@@ -31,6 +31,11 @@ def estimate_prompt_tokens(fields: dict[str, msgspec.Raw], body_bytes: int) -> i
     return text_bytes // _BYTES_PER_TOKEN + len(media) * _TOKENS_PER_MEDIUM + 1
 
 
+def estimate_text_tokens(body: bytes) -> int:
+    """Return about how many tokens an answer has whose provider does not say; its JSON counts with it."""
+    return len(body) // _BYTES_PER_TOKEN
+
+
 def estimate_output_tokens(fields: dict[str, msgspec.Raw], output_tokens_max: int) -> int:
     """Return how many tokens the answer may have: what the caller allows, bounded by the model. For one choice."""
     wanted = _OUTPUT_TOKENS_DEFAULT

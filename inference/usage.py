@@ -1,4 +1,4 @@
-"""What a provider says an answer took. OpenAI's field names; disjoint dimensions are the ledger's business."""
+"""What a provider says that an answer took."""
 
 from __future__ import annotations
 
@@ -6,61 +6,26 @@ from typing import Final
 
 import msgspec
 
-
-class PromptDetails(msgspec.Struct, frozen=True):
-    """Parts of the prompt's tokens."""
-
-    cached_tokens: int | None = None
-    audio_tokens: int | None = None
+from metering.normalise import OpenAIUsage, is_credible
 
 
-class CompletionDetails(msgspec.Struct, frozen=True):
-    """Parts of the answer's tokens."""
+class Reported(msgspec.Struct, frozen=True, gc=False):
+    """The part of an answer, or of a chunk, that is about usage."""
 
-    reasoning_tokens: int | None = None
-    audio_tokens: int | None = None
-
-
-class TokenUsage(msgspec.Struct, frozen=True):
-    """Token counts as reported. Images and transcriptions report `input_tokens` and `output_tokens` instead."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    total_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: PromptDetails | None = None
-    completion_tokens_details: CompletionDetails | None = None
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Tokens that went in, and tokens that came out."""
-        return self.prompt_tokens or self.input_tokens or 0, self.completion_tokens or self.output_tokens or 0
+    usage: OpenAIUsage | None = None
+    service_tier: str | None = None
 
 
-class _Answer(msgspec.Struct):
-    usage: TokenUsage | None = None
+_answer: Final = msgspec.json.Decoder(Reported)
+_NOTHING: Final = Reported()
 
 
-_answer: Final = msgspec.json.Decoder(_Answer)
-# The largest context windows hold ten million tokens. A larger count is a provider's mistake, and settled as it
-# stands it would put a tenant's buckets into debt for days.
-_TOKENS_MAX: Final = 10_000_000
-
-
-def usage_of(body: bytes) -> TokenUsage | None:
-    """Return the usage that an unstreamed answer reports, None when it reports none that can be read."""
+def reported_in(body: bytes) -> Reported:
+    """Return what an unstreamed answer reports; nothing where it cannot be read, or no model can have used so much."""
     try:
-        return credible(_answer.decode(body).usage)
+        reported = _answer.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def credible(usage: TokenUsage | None) -> TokenUsage | None:
-    """Return *usage*, or None if no model can have used that much: it then counts as not reported."""
-    if usage is None:
-        return None
-    for count in (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens):
-        if count is not None and not 0 <= count <= _TOKENS_MAX:
-            return None
-    return usage
+        return _NOTHING
+    if reported.usage is not None and not is_credible(reported.usage):
+        return Reported(service_tier=reported.service_tier)
+    return reported

@@ -31,6 +31,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
     """The part of `stream_options` that concerns us."""
 
     include_usage: bool | None = None
+    include_cost: bool | None = None
+    """Ours, and not the provider's business: the last chunk says what the call is charged."""
 
 
 _stream_options: Final = msgspec.json.Decoder(StreamOptions | None)
@@ -48,6 +50,7 @@ class ParsedRequest:
         "model",
         "output_tokens",
         "prompt_tokens",
+        "shows_cost",
         "shows_usage",
     )
 
@@ -58,10 +61,21 @@ class ParsedRequest:
         self.model = ""
         self.is_stream = False
         self.shows_usage = True
+        self.shows_cost = False
         self.prompt_tokens = 0
         # For each of *choices*.
         self.output_tokens = 0
         self.choices = 1
+
+    @property
+    def fields(self) -> Fields | None:
+        """The top level of a JSON body; None for a form."""
+        return self._fields
+
+    @property
+    def body(self) -> bytes:
+        """The body as it came."""
+        return self._body
 
     @property
     def content_type(self) -> bytes:
@@ -110,9 +124,11 @@ def _ask_for_usage(request: ParsedRequest, fields: Fields) -> None:
         fields["stream_options"] = _USAGE_ASKED
         return
     options = _decode(_stream_options, raw, "stream_options")
-    request.shows_usage = bool(options and options.include_usage)
+    request.shows_cost = bool(options and options.include_cost)
+    request.shows_usage = request.shows_cost or bool(options and options.include_usage)
     # Put together again also where it says what we want: it may say it twice, and differently.
     others = _decode(_fields, raw, "stream_options") if options is not None else {}
+    others.pop("include_cost", None)
     fields["stream_options"] = msgspec.Raw(_encode({**others, "include_usage": True}))
 
 

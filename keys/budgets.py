@@ -1,8 +1,8 @@
 """Budgets: the most that an organization, project or key may be charged in a period.
 
 What was spent is PostgreSQL's to say (`metering/budgets.py`). A hard budget is held in Redis too, in the same command
-as the limits (`keys/quota.lua`): a call is admitted only if the most that it can cost still fits, so that a healthy Redis
-never lets it be overspent. A soft one refuses nothing; both tell when thresholds are crossed.
+as the limits (`keys/quota.lua`): a call is admitted only if the most that it can cost still fits, so that a healthy
+Redis never lets it be overspent. A soft one refuses nothing; both tell when thresholds are crossed.
 """
 
 from __future__ import annotations

@@ -151,6 +151,13 @@ end
 local reply = {blocked == 0 and 1 or 0, blocked, wait_ms, blocked_limit,
   rl, rr, rx, tl, tr, tx}
 
+-- Held anew also when the request id is known: what was held for it may have been given up for lost meanwhile.
+if blocked == 0 then
+  for b = 1, budgets do
+    call('HSET', KEYS[b + 1], 'r', format('%.0f', reserved[b] + cost), id, format('%.0f', cost))
+  end
+end
+
 -- The same request id gets the same answer: a command may arrive twice.
 local record = blocked == 0 and call('SET', KEYS[1], pack(REPLY, amount, unpack(reply)), 'NX', 'PX', RECORD_TTL_MS)
 if not record then
@@ -164,9 +171,6 @@ if scopes > 0 then
   call('HSET', KEYS[buckets], unpack(set))
   -- What nobody touched for two days is full, but for deep debts: those are forgiven then. Said again once an hour.
   if is_expiry_due then call('PEXPIRE', KEYS[buckets], BUCKETS_TTL_MS) end
-end
-for b = 1, budgets do
-  call('HSET', KEYS[b + 1], 'r', format('%.0f', reserved[b] + cost), id, format('%.0f', cost))
 end
 for k = buckets + 1, leases - 1 do
   call('ZADD', KEYS[k], now_ms + lease_ms, id)

@@ -91,7 +91,7 @@ class KeyFeed:
     """Listens for changes in one gateway process, and counts the living gateways."""
 
     def __init__(self, gateway_id: GatewayId, database: Database, redis_url: str) -> None:
-        self._gateway_id = gateway_id
+        self.gateway_id = gateway_id
         self._database = database
         self._redis_url = redis_url
         self._redis = connect(redis_url)
@@ -127,7 +127,7 @@ class KeyFeed:
                 task.cancel()
             _, pending = await asyncio.wait(pending, timeout=0.2)
         with contextlib.suppress(*_DOWN):
-            await self._redis.zrem(_GATEWAYS, self._gateway_id)
+            await self._redis.zrem(_GATEWAYS, self.gateway_id)
         await self._redis.aclose()
 
     async def _forever(self, act: Callable[[], Any], *, pause_seconds: float) -> None:
@@ -186,7 +186,7 @@ class KeyFeed:
             return
         self._forget(change.organization_id, change.key_id)
         name = _acknowledgements(change.sequence)
-        await cast("Any", self._redis.rpush(name, self._gateway_id))
+        await cast("Any", self._redis.rpush(name, self.gateway_id))
         await self._redis.expire(name, 60)
 
     async def _poll(self) -> None:
@@ -203,7 +203,7 @@ class KeyFeed:
             return await session.scalar(select(func.coalesce(func.max(KeyChangeRow.sequence), 0))) or 0
 
     async def _register(self) -> None:
-        self.live_gateways = max(1, len(await _gateways(self._redis, self._gateway_id)))
+        self.live_gateways = max(1, len(await _gateways(self._redis, self.gateway_id)))
 
 
 async def _gateways(redis: Redis, joining: str) -> list[bytes]:

@@ -3,13 +3,15 @@
 AppError
 ├── Forbidden
 │   └── PriceUnknown        nobody can tell what the call would cost, and a hard budget holds
+├── Invalid
+│   └── PriceListUnreadable     no file, or none that holds prices
 └── Unavailable
     └── LedgerUnavailable   what is used cannot be written down just now: nothing is served that is not
 """
 
 from __future__ import annotations
 
-from core.errors import Forbidden, Unavailable
+from core.errors import Forbidden, Invalid, Unavailable
 
 
 class PriceUnknown(Forbidden):
@@ -22,6 +24,12 @@ class PriceUnknown(Forbidden):
             f"The model `{model}` cannot be used under a hard budget: what this request may cost is not known.",
             param="model",
         )
+
+
+class PriceListUnreadable(Invalid):
+    """There is no such file, or it holds no prices. For operators: the message names the file."""
+
+    code = "price_list_unreadable"
 
 
 class LedgerUnavailable(Unavailable):

@@ -6,7 +6,7 @@ Request ids sort by time and begin with it, so a month of ids is a range of text
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from core.ids import id_range_start, moment_of
@@ -31,6 +31,16 @@ def month_after(month: datetime) -> datetime:
     return month.replace(year=month.year + month.month // 12, month=month.month % 12 + 1)
 
 
+def month_before(month: datetime) -> datetime:
+    """Return the first instant of the month before."""
+    return month_of(month - timedelta(days=1))
+
+
+def name_of(month: datetime) -> str:
+    """Return the name of a month's partition; names sort by time."""
+    return _NAME.format(month)
+
+
 async def make_ahead(run: Run, now: datetime) -> list[str]:
     """Make the partitions of this month and the next ones, as far as they are missing; return those that were made."""
     months = [month_of(now)]
@@ -49,7 +59,7 @@ async def make(run: Run, months: Iterable[datetime]) -> list[str]:
     present = set(await partitions(run))
     made: list[str] = []
     for month in months:
-        name = _NAME.format(month)
+        name = name_of(month)
         if name in present:
             continue
         # Names and bounds are made of digits and our own alphabet; a statement of this kind takes no parameters.

@@ -3,10 +3,12 @@
 from alembic import context
 
 from core.database import Table
+from gateway import tables as gateway_tables
 from keys import tables as keys_tables
 from metering import tables as metering_tables
 
-assert keys_tables.KeyRow.metadata is metering_tables.PriceRow.metadata is Table.metadata
+_ROWS = (keys_tables.KeyRow, metering_tables.PriceRow, gateway_tables.IdempotentAnswerRow)
+assert all(row.metadata is Table.metadata for row in _ROWS)
 
 connection = context.config.attributes["connection"]
 context.configure(connection=connection, target_metadata=Table.metadata, compare_type=True)

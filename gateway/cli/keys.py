@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gateway.cli.common import fail, json_option, org_option, print_json, show
-from keys.scopes import ALL_SCOPES
+from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
 
 _COLUMNS = ("id", "name", "hint", "project_id", "scopes", "models", "expires_at", "disabled_at", "last_used_at")
 _FOUND_COLUMNS = (
@@ -27,7 +27,14 @@ def keys_command() -> None:
 @click.argument("name")
 @org_option
 @click.option("--project", help="The project's id. Needed only when there are several.")
-@click.option("--scope", "scopes", multiple=True, type=click.Choice(ALL_SCOPES), help="What it may do. Default: all.")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(ALL_SCOPES),
+    help="What it may do. Default: all of calling models, nothing of administration.",
+)
+@click.option("--admin", is_flag=True, help="An admin key: it reads usage, costs and the ledger, and calls no model.")
 @click.option("--model", "models", multiple=True, help="A model it may use. Default: all.")
 @click.option("--ip", "networks", multiple=True, help="A network it works from, such as 192.0.2.0/24. Default: all.")
 @click.option("--expires-in-days", type=click.IntRange(1, 36_500), help="When it ends. Default: never.")
@@ -40,21 +47,25 @@ def create_key(
     models: tuple[str, ...],
     networks: tuple[str, ...],
     expires_in_days: int | None,
+    admin: bool,
     as_json: bool,
 ) -> None:
     """Create a key. Its secret is printed once and kept nowhere."""
+    from core.errors import AppError
     from gateway.cli import key_acts
     from keys.lifecycle import NewKey
 
+    if admin and scopes:
+        raise click.UsageError("give --admin, or --scope")
     try:
         new = NewKey(
             name=name,
-            scopes=scopes or ALL_SCOPES,
+            scopes=ADMIN_SCOPES if admin else scopes or INFERENCE_SCOPES,
             models=models or None,
             ip_networks=networks or None,
             expires_at=datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None,
         )
-    except ValueError as error:
+    except (ValueError, AppError) as error:
         fail(str(error))
     _print_issued(key_acts.create(new, org=org, project=project), as_json=as_json)
 

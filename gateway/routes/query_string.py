@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar, cast, get_origin
+from typing import Any, Final, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -45,8 +45,9 @@ class MissingParameter(Invalid):
 
 
 def read_query(request: Request[Any, Any, Any], form: type[_Form]) -> _Form:
-    """Return the query as a *form*. A list comes as `name=a&name=b`, or as official clients send it: `name[]=a`.
+    """Return the query as a *form*, whose lists are empty by default.
 
+    A list comes as `name=a&name=b`, or as official clients send it: `name[]=a`.
     Errors: UnknownParameter, MissingParameter, Invalid for what is malformed or there twice.
     """
     fields = {field.name: field for field in msgspec.structs.fields(form)}
@@ -101,7 +102,7 @@ def _pairs(query: bytes) -> list[tuple[str, str]]:
 
 
 def _is_list(field: msgspec.structs.FieldInfo) -> bool:
-    return get_origin(field.type) is tuple
+    return field.default == ()
 
 
 def _invalid(fault: str) -> Invalid:

@@ -8,11 +8,12 @@ empty line).
 from __future__ import annotations
 
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 import msgspec
 
-from inference.usage import TokenUsage, credible
+from metering.normalise import OpenAIUsage, is_credible
 
 # Two line ends in a row. Atomic, so that one CRLF is never taken for two.
 _BOUNDARY: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -26,29 +27,63 @@ _HELD_BYTES_MAX: Final = 256 * 1024
 class _Chunk(msgspec.Struct):
     """The part of a streamed chunk that concerns us."""
 
-    usage: TokenUsage | None = None
+    usage: OpenAIUsage | None = None
+    service_tier: str | None = None
     error: msgspec.Raw = msgspec.Raw(b"null")
     choices: list[msgspec.Raw] | None = None
 
 
 _chunk: Final = msgspec.json.Decoder(_Chunk)
+_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_encode: Final = msgspec.json.Encoder().encode
+# What a model has said, wherever it stands in a chunk; a string ends at a quote that no backslash precedes.
+_SAID: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments|refusal|text)":\s?"((?:[^"\\]|\\.)*)"')
+# English comes to about four bytes a token in OpenAI's vocabularies.
+_BYTES_PER_TOKEN: Final = 4
 _EMPTY: Final = {b"null", b"false", b"{}", b'""', b"0", b"[]"}
 
 
 class SseRelay:
-    """Scans one stream. With *hides_usage*, the usage chunk that we asked for is taken out again."""
+    """Scans one stream. With *hides_usage*, the usage chunk that we asked for is taken out again.
 
-    __slots__ = ("_held", "_hides_usage", "_inside_large", "error", "events", "is_done", "usage")
+    *cost_of* is asked, when the usage has come, for what to add to it as `cost_usd`; *counts_text* looks closer at what
+    is said, so that a stream which is cut off can be billed by it.
+    """
 
-    def __init__(self, *, hides_usage: bool) -> None:
+    __slots__ = (
+        "_cost_of",
+        "_counts_text",
+        "_held",
+        "_hides_usage",
+        "_inside_large",
+        "_said_bytes",
+        "error",
+        "events",
+        "is_done",
+        "service_tier",
+        "usage",
+    )
+
+    def __init__(
+        self, *, hides_usage: bool, counts_text: bool = False, cost_of: Callable[[SseRelay], str] | None = None
+    ) -> None:
         self._hides_usage = hides_usage
+        self._counts_text = counts_text
+        self._cost_of = cost_of
         self._held = b""
         # Inside an event that is too large to be held back.
         self._inside_large = False
-        self.usage: TokenUsage | None = None
+        self._said_bytes = 0
+        self.usage: OpenAIUsage | None = None
+        self.service_tier: str | None = None
         self.error: bytes | None = None
         self.is_done = False
         self.events = 0
+
+    @property
+    def observed_tokens(self) -> int:
+        """About how many tokens have come: one an event, or more where events are long."""
+        return max(self.events, self._said_bytes // _BYTES_PER_TOKEN)
 
     def feed(self, data: bytes) -> bytes:
         """Take what arrived; return what may go on now: whole events, with the hidden one left out."""
@@ -90,38 +125,54 @@ class SseRelay:
         else:
             has_usage = whole.count(b'"usage"') != whole.count(b'"usage":null')
         self.events += whole.count(b"data:")
+        if self._counts_text:
+            self._said_bytes += sum(map(len, _SAID.findall(whole)))
         has_error = b'"error"' in whole
         if not (has_usage or has_error or b"[DONE]" in whole):
             return whole
         if b"\r" in whole:
-            return b"".join([event for event in _events(whole) if not self._is_hidden(event)])
+            return b"".join([event if (new := self._look(event)) is None else new for event in _events(whole)])
         # Only the events that the marks stand in are looked at; a burst may hold hundreds of others.
         places = _marked(whole, b'"usage"') if has_usage else set[tuple[int, int]]()
         if has_error:
             places |= _marked(whole, b'"error"')
         places |= _marked(whole, b"[DONE]")
-        hidden = [place for place in sorted(places) if self._is_hidden(whole[place[0] : place[1]])]
-        for start, end in reversed(hidden):
-            whole = whole[:start] + whole[end:]
+        changed = [(start, end, self._look(whole[start:end])) for start, end in sorted(places)]
+        for start, end, new in reversed(changed):
+            if new is not None:
+                whole = whole[:start] + new + whole[end:]
         return whole
 
-    def _is_hidden(self, event: bytes) -> bool:
+    def _look(self, event: bytes) -> bytes | None:
+        """Note what concerns us of *event*; return what goes on in its place, None for the event itself."""
         payload = _payload(event)
         if payload.startswith(b"[DONE]"):
             self.is_done = True
-            return False
+            return None
         if b'"usage"' not in payload and b'"error"' not in payload:
-            return False
+            return None
         try:
             chunk = _chunk.decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return False
+            return None
         if bytes(chunk.error) not in _EMPTY:
             self.error = bytes(chunk.error)
         if chunk.usage is None:
-            return False
-        self.usage = credible(chunk.usage)
-        return self._hides_usage and chunk.choices == []
+            return None
+        self.usage = chunk.usage if is_credible(chunk.usage) else None
+        self.service_tier = chunk.service_tier
+        if self._hides_usage and chunk.choices == []:
+            return b""
+        return self._with_cost(payload) if self._cost_of is not None and self.usage is not None else None
+
+    def _with_cost(self, payload: bytes) -> bytes | None:
+        assert self._cost_of is not None
+        cost = self._cost_of(self)
+        if not cost:
+            return None
+        chunk: dict[str, Any] = _object.decode(payload)
+        chunk["usage"] = {**_object.decode(chunk["usage"]), "cost_usd": cost}
+        return b"data: %b\n\n" % _encode(chunk)
 
 
 def _end_of_last_event(data: bytes) -> int:

@@ -203,7 +203,16 @@ def _plain(response: Any) -> dict[str, Any]:
 
 _PUBLIC: Final = frozenset({"id", "object", "created", "model", "choices", "usage", "data"})
 _USAGE_FIELDS: Final = frozenset(
-    {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
+    {
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "prompt_tokens_details",
+        "completion_tokens_details",
+        # Anthropic's, priced apart.
+        "cache_creation_input_tokens",
+        "cache_read_input_tokens",
+    }
 )
 _REQUIRED: Final = frozenset({"role", "content", "refusal"})
 

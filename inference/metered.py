@@ -1,0 +1,171 @@
+"""Between calls and the ledger: what a call may cost, the intent as it begins, and the entry when it has ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from core.money import usd_text
+from inference.asks import ask_of
+from inference.catalog import Deployment, Model
+from inference.exchange import Exchange
+from inference.wire import ParsedRequest
+from keys.limits import QuotaPlan
+from keys.quota import Spend
+from metering.entries import Attribution, Entry, Intent, Quality, Result
+from metering.errors import LedgerUnavailable, PriceUnknown
+from metering.ledger import Ledger
+from metering.normalise import reported_cost, units_of
+from metering.prices import CallPrices, Price, PriceBook
+from metering.rating import rate, worst_case
+from metering.usage import NO_UNITS, Units
+
+# Names that answers may carry (OpenAI's API document, service_tier); all others are rated as `default`.
+_TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast"})
+_COUNT_MAX: Final = 2**31 - 1
+_UNPRICED: Final = CallPrices(cost=None, charge=None)
+
+
+class CallMeter:
+    """Prices calls and writes them down. One per process."""
+
+    def __init__(self, ledger: Ledger, prices: PriceBook) -> None:
+        self._ledger = ledger
+        self._prices = prices
+
+    def spend_of(self, exchange: Exchange, model: Model, request: ParsedRequest, plan: QuotaPlan) -> Spend:
+        """Return the most that a call under hard budgets can cost, at whichever of the model's deployments.
+
+        Errors: PriceUnknown when that cannot be said; LedgerUnavailable before the prices are known.
+        """
+        if not plan.budgets:
+            return Spend(0, exchange.started_ms)
+        ask = ask_of(exchange.endpoint, request, model)
+        dearest = 0
+        for deployment in model.deployments:
+            prices = self._find(exchange, deployment)
+            if ask is None or prices.cost is None or prices.charge is None:
+                raise PriceUnknown(model.name)
+            most = worst_case(prices.charge.terms, ask)
+            if most is None:
+                raise PriceUnknown(model.name)
+            dearest = max(dearest, most)
+        return Spend(dearest, exchange.started_ms)
+
+    def begin(self, exchange: Exchange, deployment: Deployment, prompt_tokens: int) -> None:
+        """Write down that the call is about to reach *deployment*. Errors: LedgerUnavailable."""
+        exchange.prices = self._find(exchange, deployment)
+        reservation = exchange.reservation
+        intent = Intent(
+            exchange.request_id,
+            self._attribution(exchange, deployment),
+            min(prompt_tokens, _COUNT_MAX),
+            0 if reservation is None else reservation.nano_usd_max,
+            exchange.started_ms,
+        )
+        exchange.intent = self._ledger.intend(intent)
+
+    def rate(self, exchange: Exchange) -> None:
+        """Work out what the call used and costs, as far as that is known by now."""
+        usage = exchange.usage
+        if usage is not None:
+            units = units_of(usage)
+        elif exchange.tokens_estimated == (0, 0):
+            units = NO_UNITS
+        else:
+            units = _estimated(*exchange.tokens_estimated)
+        exchange.units = units
+        prices = exchange.prices or _UNPRICED
+        tier = exchange.service_tier
+        cost = _rated(units, prices.cost, tier)
+        charge = cost if prices.charge is prices.cost else _rated(units, prices.charge, tier)
+        exchange.cost_nano_usd = cost
+        exchange.charge_nano_usd = charge
+
+    def charged(self, exchange: Exchange) -> str:
+        """Return what the call is charged, in US dollars; "" if that is not known."""
+        if exchange.units is None:
+            self.rate(exchange)
+        charge = exchange.charge_nano_usd
+        return "" if charge is None else usd_text(charge)
+
+    def end(self, exchange: Exchange) -> int:
+        """Enter a call that has ended, if a provider may have seen it; return what it is charged, in nano-USD."""
+        if exchange.intent is None:
+            return 0
+        self.rate(exchange)
+        deployment = exchange.deployment
+        assert deployment is not None
+        assert exchange.units is not None
+        cost, charge = exchange.cost_nano_usd, exchange.charge_nano_usd
+        duration_ms = (time.perf_counter() - exchange.started_at) * 1000
+        entry = Entry(
+            exchange.request_id,
+            self._attribution(exchange, deployment),
+            _result(exchange, is_unpriced=cost is None or charge is None),
+            exchange.units,
+            cost or 0,
+            charge or 0,
+            exchange.started_ms,
+            min(int(duration_ms), _COUNT_MAX),
+            int((exchange.first_byte_at - exchange.started_at) * 1000) if exchange.first_byte_at else None,
+        )
+        self._ledger.settle(entry, exchange.intent)
+        return charge or 0
+
+    def _find(self, exchange: Exchange, deployment: Deployment) -> CallPrices:
+        if not self._prices.is_loaded:
+            raise LedgerUnavailable
+        principal = exchange.principal
+        assert principal is not None
+        found = self._prices.find(principal.organization_id, exchange.model, deployment.price_names)
+        return found or _UNPRICED
+
+    def _attribution(self, exchange: Exchange, deployment: Deployment) -> Attribution:
+        principal, prices = exchange.principal, exchange.prices
+        assert principal is not None
+        assert prices is not None
+        return Attribution(
+            principal.organization_id,
+            principal.project_id,
+            principal.key_id,
+            principal.secret_id,
+            exchange.model,
+            deployment.id,
+            exchange.endpoint.operation,
+            prices.cost.id if prices.cost else None,
+            prices.charge.id if prices.charge else None,
+        )
+
+
+def _result(exchange: Exchange, *, is_unpriced: bool) -> Result:
+    quality: Quality = "estimated" if exchange.is_estimated else "exact"
+    return Result(
+        "usage",
+        0,
+        exchange.service_tier,
+        quality,
+        is_unpriced,
+        1 if 200 <= exchange.upstream_status < 300 else 0,
+        exchange.status,
+        exchange.outcome,
+        None,
+        None,
+        None if exchange.usage is None else reported_cost(exchange.usage),
+    )
+
+
+def _estimated(prompt_tokens: int, output_tokens: int) -> Units:
+    return Units(input_tokens=min(prompt_tokens, _COUNT_MAX), output_tokens=min(output_tokens, _COUNT_MAX))
+
+
+def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
+    if price is None:
+        # What used nothing costs nothing, whatever it would have cost.
+        return None if units != NO_UNITS else 0
+    return rate(units, price.terms, service_tier)
+
+
+def known_tier(service_tier: str | None) -> str:
+    """Return the service tier that an answer names, if it is one that we know."""
+    return service_tier if service_tier in _TIERS else "default"

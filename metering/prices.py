@@ -1,0 +1,270 @@
+"""Prices: rows that are never changed, and what of them each process holds ready for its calls.
+
+A price is the operator's (`manual`: for everybody, or for one organization), or comes from a list. What a provider
+takes goes by the operator's price for the model, else by the list's; what an organization pays goes by its own price,
+else by the same as the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
+from typing import Final
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import distinct_on
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.clock import Clock
+from core.database import Database
+from core.ids import OrganizationId, new_id
+from keys.lookup import require_organization
+from metering.rating import PriceTerms
+from metering.tables import PriceRow, SpendWindowRow
+
+MANUAL: Final = "manual"
+_FOUND_MAX: Final = 50_000
+_HOUR_SECONDS: Final = 3_600
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """One version of a price. Entries keep its id, so that they can be rated again."""
+
+    id: str
+    model: str
+    terms: PriceTerms
+
+
+class CallPrices(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call is rated by: for what the provider takes, and for what the organization pays. None: not known."""
+
+    cost: Price | None
+    charge: Price | None
+
+
+class PriceVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """A price as operators see it. It holds from *effective_from* until a later version does."""
+
+    id: str
+    model: str
+    organization_id: OrganizationId | None
+    source: str
+    effective_from: datetime
+    terms: PriceTerms
+
+
+class MissingPrice(msgspec.Struct, frozen=True, kw_only=True):
+    """A model whose calls, or some of them, could not be priced, and in which hours that was."""
+
+    model: str
+    requests: int
+    first_hour: datetime
+    last_hour: datetime
+
+
+async def add_price(
+    session: AsyncSession,
+    model: str,
+    terms: PriceTerms,
+    *,
+    organization_id: OrganizationId | None = None,
+    effective_from: datetime | None = None,
+) -> PriceVersion:
+    """Set what a model costs, from now or from a later time on: for everybody, or for one organization.
+
+    A version that begins earlier than one that is there already never holds. Errors: TenantNotFound.
+    """
+    if organization_id is not None:
+        await require_organization(session, organization_id=organization_id)
+    row = PriceRow(
+        id=new_id("price"),
+        model=model,
+        organization_id=organization_id,
+        source=MANUAL,
+        terms=msgspec.to_builtins(terms),
+        # Not now(): that is when the transaction began, the same for all that it adds.
+        effective_from=effective_from or func.clock_timestamp(),
+    )
+    session.add(row)
+    await session.flush()
+    await session.refresh(row)
+    return version_of(row)
+
+
+async def list_prices(
+    session: AsyncSession, *, organization_id: OrganizationId | None, now: datetime | None = None
+) -> list[PriceVersion]:
+    """Return an organization's own prices, or (None) everybody's, by model; of each the version in force at *now*.
+
+    Without *now* every version there ever was, later ones included.
+    """
+    owner = PriceRow.organization_id
+    statement = select(PriceRow).where(owner.is_(None) if organization_id is None else owner == organization_id)
+    newest_first = (PriceRow.effective_from.desc(), PriceRow.id.desc())
+    if now is not None:
+        statement = statement.where(PriceRow.effective_from <= now).ext(distinct_on(PriceRow.model, PriceRow.source))
+    rows = await session.scalars(statement.order_by(PriceRow.model, PriceRow.source, *newest_first))
+    return [version_of(row) for row in rows]
+
+
+async def get_prices_by_id(session: AsyncSession, ids: Collection[str]) -> dict[str, Price]:
+    """Return the versions that entries were rated by, as far as they are there. They never change."""
+    rows = await session.scalars(select(PriceRow).where(PriceRow.id.in_(ids)))
+    return {row.id: _price(row) for row in rows}
+
+
+async def missing_prices(session: AsyncSession) -> list[MissingPrice]:
+    """Return the models that were used without a price, of all organizations, most requests first."""
+    window = SpendWindowRow
+    requests = func.sum(window.unpriced_requests)
+    rows = await session.execute(
+        select(window.model, requests, func.min(window.starts_at), func.max(window.starts_at))
+        .where(window.seconds == _HOUR_SECONDS, window.unpriced_requests > 0)
+        .group_by(window.model)
+        .order_by(requests.desc(), window.model)
+    )
+    return [
+        MissingPrice(model=model, requests=int(count), first_hour=first, last_hour=last)
+        for model, count, first, last in rows
+    ]
+
+
+class _Versions:
+    """The versions of one price from now on, the earliest first."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[datetime, str, Price]] = []
+
+    def add(self, row: PriceRow) -> None:
+        self._rows.append((row.effective_from, row.id, _price(row)))
+        self._rows.sort(key=lambda version: version[:2])
+
+    def at(self, now: datetime) -> Price | None:
+        """Return the one that holds; of two that began together the later id."""
+        held = [price for begins, _, price in self._rows if begins <= now]
+        return held[-1] if held else None
+
+    def begins_after(self, now: datetime) -> Iterable[datetime]:
+        return (begins for begins, _, _ in self._rows if begins > now)
+
+
+_Key = tuple[str | None, str, bool]
+
+
+class PriceBook:
+    """The prices of this process's models. Asked on every call, without waiting; read anew when rows were added.
+
+    While PostgreSQL is down, the book stays as it was: a price once in force remains one that was in force. A price for
+    later takes effect when its time comes, without a reading.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._versions: Mapping[_Key, _Versions] = {}
+        self._found: dict[tuple[str, str, tuple[str, ...]], CallPrices | None] = {}
+        self._seen: tuple[int | None, frozenset[str]] | None = None
+        self._next_begins: datetime | None = None
+        self._turns_at_seconds = math.inf
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it was ever read: before that, that a price is missing means nothing."""
+        return self._seen is not None
+
+    def find(self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...]) -> CallPrices | None:
+        """Return what a call of the catalog's *model* is rated by; None if no price is known for it at all.
+
+        *list_names* are the names that lists may have for the deployment, the best first.
+        """
+        if self._turns_at_seconds != math.inf and self._clock.monotonic_seconds() >= self._turns_at_seconds:
+            self._turn()
+        key = (organization_id, model, list_names)
+        try:
+            return self._found[key]
+        except KeyError:
+            if len(self._found) >= _FOUND_MAX:
+                self._found.clear()
+            found = self._found[key] = self._look_up(organization_id, model, list_names)
+            return found
+
+    async def refresh(self, database: Database, names: Collection[str]) -> bool:
+        """Take over what was added to the prices of *names* (models of the catalog and their names in lists).
+
+        Tells whether there was anything to read. Cheap when there was not: to be called every few seconds.
+        Errors: those of `core.database.DOWN`; the book then stays as it was.
+        """
+        wanted = frozenset(names)
+        versions = None
+        async with database.transaction() as session:
+            # Rows are never removed, so that their number tells of every one that was added. The newest id would not:
+            # one that was made earlier, or on another machine, may be committed later.
+            seen = (await session.scalar(select(func.count()).select_from(PriceRow)), wanted)
+            if seen != self._seen:
+                versions = await _load(session, wanted, self._clock.now())
+        if versions is not None:
+            self._versions, self._seen = versions, seen
+            self._found.clear()
+        # Also where nothing changed: clocks are set, and what is left until the next price begins is measured again.
+        self._turn()
+        return versions is not None
+
+    def _turn(self) -> None:
+        """Forget what was found if a price has begun since, and note when the next one does."""
+        now = self._clock.now()
+        if self._next_begins is not None and self._next_begins <= now:
+            self._found.clear()
+        coming = [begins for versions in self._versions.values() for begins in versions.begins_after(now)]
+        self._next_begins = min(coming, default=None)
+        left = math.inf if self._next_begins is None else (self._next_begins - now).total_seconds()
+        self._turns_at_seconds = self._clock.monotonic_seconds() + left
+
+    def _look_up(self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...]) -> CallPrices | None:
+        now = self._clock.now()
+        candidates: list[_Key] = [(None, model, True), *((None, name, False) for name in list_names)]
+        cost = next((price for key in candidates if (price := self._at(key, now)) is not None), None)
+        charge = self._at((organization_id, model, True), now) or cost
+        return None if charge is None else CallPrices(cost=cost, charge=charge)
+
+    def _at(self, key: _Key, now: datetime) -> Price | None:
+        versions = self._versions.get(key)
+        return None if versions is None else versions.at(now)
+
+
+async def _load(session: AsyncSession, names: frozenset[str], now: datetime) -> dict[_Key, _Versions]:
+    """Return the version of each price that holds at *now*, and all later ones."""
+    wanted = PriceRow.model.in_(names)
+    group = (PriceRow.model, PriceRow.organization_id, PriceRow.source == MANUAL)
+    present = await session.scalars(
+        select(PriceRow)
+        .where(wanted, PriceRow.effective_from <= now)
+        .ext(distinct_on(*group))
+        .order_by(*group, PriceRow.effective_from.desc(), PriceRow.id.desc())
+    )
+    later = await session.scalars(select(PriceRow).where(wanted, PriceRow.effective_from > now))
+    found: dict[_Key, _Versions] = {}
+    for row in [*present, *later]:
+        found.setdefault((row.organization_id, row.model, row.source == MANUAL), _Versions()).add(row)
+    return found
+
+
+def version_of(row: PriceRow) -> PriceVersion:
+    """Return a row as operators see it."""
+    return PriceVersion(
+        id=row.id,
+        model=row.model,
+        organization_id=None if row.organization_id is None else OrganizationId(row.organization_id),
+        source=row.source,
+        effective_from=row.effective_from,
+        terms=terms_of(row),
+    )
+
+
+def terms_of(row: PriceRow) -> PriceTerms:
+    """Return the terms in a row."""
+    return msgspec.convert(row.terms, PriceTerms)
+
+
+def _price(row: PriceRow) -> Price:
+    return Price(id=row.id, model=row.model, terms=terms_of(row))

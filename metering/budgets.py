@@ -27,7 +27,7 @@ from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope
 from keys.errors import BudgetInvalid, TenantNotFound
 from keys.lifecycle import record_change, require_scope_target
 from keys.tables import BudgetRow
-from metering.tables import BudgetPeriodRow, LedgerEntryRow, SpendWindowRow, UsageIntentRow
+from metering.tables import BudgetEventRow, BudgetPeriodRow, LedgerEntryRow, SpendWindowRow, UsageIntentRow
 
 _SCOPES: Final = {"organization": "organization_id", "project": "project_id", "key": "key_id"}
 _RECONCILE: Final = files("metering").joinpath("budget_reconcile.lua").read_text()
@@ -178,6 +178,28 @@ async def list_standings(
             )
         )
     return found
+
+
+class BudgetEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """A threshold that spending has crossed in one period."""
+
+    budget_id: str
+    starts_at: datetime
+    threshold_percent: int
+    spent_nano_usd: int
+    limit_nano_usd: int
+    created_at: datetime
+
+
+async def list_events(session: AsyncSession, limit: int, *, organization_id: OrganizationId) -> list[BudgetEvent]:
+    """Return the thresholds that the organization's spending has crossed, newest first."""
+    rows = await session.scalars(
+        select(BudgetEventRow)
+        .where(BudgetEventRow.organization_id == organization_id)
+        .order_by(BudgetEventRow.created_at.desc(), BudgetEventRow.threshold_percent.desc())
+        .limit(limit)
+    )
+    return [BudgetEvent(**{name: getattr(row, name) for name in BudgetEvent.__struct_fields__}) for row in rows]
 
 
 async def reconcile(database: Database, redis: Redis, clock: Clock) -> int:

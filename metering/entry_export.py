@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import AsyncGenerator, Callable, Sequence
-from datetime import datetime
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final, Literal
 
 import msgspec
 
 from core.database import Database
 from core.ids import OrganizationId
-from metering.entry_pages import EntryFilter, LedgerEntry, read_entries
+from metering.entry_pages import EntryFilter, LedgerEntry, entry_of, read_rows
 
 Format = Literal["csv", "jsonl"]
 ROWS_PER_READ: Final = 1_000
-# What is encoded before other work of the process has its turn: about 2 ms.
-_ROWS_PER_PIECE: Final = 200
+# What is encoded before other work of the process has its turn: about a millisecond.
+ROWS_PER_PIECE: Final = 100
 COLUMNS: Final = LedgerEntry.__struct_fields__[:-1]
 # Names that providers, or who configured them, chose: a spreadsheet would run what begins like a formula
 # (OWASP, CSV Injection). Everything else is of our making, amounts with their minus among it.
 _NAMES_FROM_OUTSIDE: Final = tuple(COLUMNS.index(name) for name in ("model", "deployment", "service_tier"))
+_TIMES: Final = (COLUMNS.index("occurred_at"), COLUMNS.index("booked_at"))
+_IS_UNPRICED: Final = COLUMNS.index("is_unpriced")
 _FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 _json = msgspec.json.Encoder()
 
@@ -36,9 +37,9 @@ async def export(
     or not. Errors: those of the database, also between two pieces.
     """
     encode, head = (_csv_lines, _csv([COLUMNS])) if form == "csv" else (_json.encode_lines, b"")
-    async for entries in _reads(database, chosen, organization_id=organization_id):
-        for piece in _pieces(entries, encode):
-            yield head + piece
+    async for rows in _reads(database, chosen, organization_id=organization_id):
+        for at in range(0, len(rows), ROWS_PER_PIECE):
+            yield head + encode([entry_of(row) for row in rows[at : at + ROWS_PER_PIECE]])
             head = b""
             await asyncio.sleep(0)
     if head:
@@ -47,11 +48,11 @@ async def export(
 
 async def _reads(
     database: Database, chosen: EntryFilter, *, organization_id: OrganizationId
-) -> AsyncGenerator[list[LedgerEntry]]:
+) -> AsyncGenerator[Sequence[Sequence[Any]]]:
     after = None
     while True:
         async with database.transaction() as session:
-            entries = await read_entries(
+            rows = await read_rows(
                 session,
                 chosen,
                 organization_id=organization_id,
@@ -59,14 +60,10 @@ async def _reads(
                 after=after,
                 count=ROWS_PER_READ,
             )
-        yield entries
-        if len(entries) < ROWS_PER_READ:
+        yield rows
+        if len(rows) < ROWS_PER_READ:
             return
-        after = entries[-1].id
-
-
-def _pieces(entries: Sequence[LedgerEntry], encode: Callable[[Sequence[LedgerEntry]], bytes]) -> Any:
-    return (encode(entries[at : at + _ROWS_PER_PIECE]) for at in range(0, len(entries), _ROWS_PER_PIECE))
+        after = entry_of(rows[-1]).id
 
 
 def _csv_lines(entries: Sequence[LedgerEntry]) -> bytes:
@@ -80,14 +77,11 @@ def _csv(lines: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _cells(entry: LedgerEntry) -> list[Any]:
-    cells: list[Any] = [getattr(entry, name) for name in COLUMNS]
+    cells: list[Any] = list(msgspec.structs.astuple(entry)[:-1])
     for at in _NAMES_FROM_OUTSIDE:
         if cells[at].startswith(_FORMULA_STARTS):
             cells[at] = f"'{cells[at]}"
-    return [_cell(cell) for cell in cells]
-
-
-def _cell(value: Any) -> Any:
-    if value is True or value is False:
-        return "true" if value else "false"
-    return value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
+    for at in _TIMES:
+        cells[at] = cells[at].isoformat().replace("+00:00", "Z")
+    cells[_IS_UNPRICED] = "true" if entry.is_unpriced else "false"
+    return cells

@@ -120,7 +120,8 @@ class AnthropicUsage(_Part, frozen=True, kw_only=True, gc=False):
     cache_creation: CacheCreation | None = None
     output_tokens_details: OutputDetails | None = None
     iterations: tuple[AnthropicUsage, ...] | None = None
-    """With compaction, each sampling of the call: the counts beside them leave the compactions out."""
+    """With compaction, each sampling of the call: the counts beside them leave the compactions out
+    (platform.claude.com, "Compaction at a token threshold")."""
 
 
 class ModalityCount(_Part, frozen=True, kw_only=True, gc=False, rename="camel"):
@@ -177,7 +178,8 @@ def reported_cost(usage: OpenAIUsage) -> NanoUsd | None:
     is then beside it, and is added. (Without one it stands there too, and is the same money.)
     """
     if usage.cost_in_usd_ticks is not None:
-        return _believable(-(-usage.cost_in_usd_ticks // _TICKS_PER_NANO_USD))
+        ticks = usage.cost_in_usd_ticks
+        return None if ticks < 0 else _believable(-(-ticks // _TICKS_PER_NANO_USD))
     cost = _nano_usd(usage.cost)
     if cost is None or not usage.is_byok or usage.cost_details is None:
         return cost
@@ -200,7 +202,7 @@ def _nano_usd(number: msgspec.Raw) -> NanoUsd | None:
 
 
 def _believable(amount: int) -> NanoUsd | None:
-    return NanoUsd(amount) if 0 <= amount <= _REPORTED_MAX else None
+    return NanoUsd(amount) if amount <= _REPORTED_MAX else None
 
 
 class _Whole:

@@ -5,7 +5,7 @@
 SELECT
   i.*,
   (extract(epoch FROM i.started_at) * 1000)::int8 AS started_ms,
-  least(extract(epoch FROM i.checkpoint_at - i.started_at) * 1000, 2147483647)::int4 AS duration_ms
+  greatest(0, least(extract(epoch FROM i.checkpoint_at - i.started_at) * 1000, 2147483647))::int4 AS duration_ms
 FROM usage_intents i LEFT JOIN gateway_leases l USING (gateway_id)
 WHERE greatest(l.seen_at, pg_postmaster_start_time(), i.checkpoint_at) < now() - make_interval(secs => $1)
   -- Its gateway lives, and lists all calls that it knows whenever it renews its lease.

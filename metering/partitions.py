@@ -15,7 +15,7 @@ from core.ids import id_range_start, moment_of
 _MONTHS_AHEAD: Final = 3
 # Two processes that make the same partition take turns.
 _LOCK: Final = 0x616171
-_NAME: Final = "ledger_entries_{:%Y_%m}"
+_PATTERN: Final = "ledger_entries_%Y_%m"
 
 Run = Callable[..., Awaitable[list[Any]]]
 """Runs a statement with arguments, and returns its rows."""
@@ -38,7 +38,12 @@ def month_before(month: datetime) -> datetime:
 
 def name_of(month: datetime) -> str:
     """Return the name of a month's partition; names sort by time."""
-    return _NAME.format(month)
+    return month.strftime(_PATTERN)
+
+
+def month_named(name: str) -> datetime:
+    """Return the month of a partition."""
+    return datetime.strptime(name, _PATTERN).replace(tzinfo=UTC)
 
 
 async def make_ahead(run: Run, now: datetime) -> list[str]:

@@ -131,10 +131,11 @@ def _sorted_out(entries: Mapping[str, Any], digest: str) -> PriceList:
     incomplete: dict[str, tuple[str, ...]] = {}
     skipped = without_price = rounded = 0
     for model, fields in entries.items():
-        if not isinstance(fields, dict) or cast("dict[str, Any]", fields).get("mode") not in _MODES:
+        mode = cast("dict[str, Any]", fields).get("mode") if isinstance(fields, dict) else None
+        if not isinstance(mode, str) or mode not in _MODES:
             skipped += 1
             continue
-        entry = _Entry(cast("dict[str, Any]", fields))
+        entry = _Entry(cast("dict[str, Any]", fields), mode)
         if entry.unknown:
             incomplete[model] = tuple(sorted(entry.unknown))
         elif terms := entry.terms():
@@ -155,9 +156,9 @@ def _sorted_out(entries: Mapping[str, Any], digest: str) -> PriceList:
 class _Entry:
     """One model's fields, sorted by tier, bound and dimension. *unknown* are those that hide a price."""
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], mode: str) -> None:
         self._fields = fields
-        self._further = {**_CACHE_HIT, **_FURTHER.get(str(fields["mode"]), {})}
+        self._further = {**_CACHE_HIT, **_FURTHER.get(mode, {})}
         self._is_inclusive = fields.get("litellm_provider") in _INCLUSIVE_PROVIDERS
         self._rates: dict[tuple[str, int], dict[str, int]] = {}
         self.unknown: set[str] = set()
@@ -165,7 +166,10 @@ class _Entry:
         names = [name for name in fields if "cost" in name]
         for name in [*(one for one in names if one not in self._further), *self._further]:
             self._add(name, fields.get(name))
-        self._add_ranges(fields.get("tiered_pricing") or [])
+        try:
+            self._add_ranges(fields.get("tiered_pricing") or [])
+        except (TypeError, LookupError, AttributeError, ValueError, ArithmeticError):
+            self.unknown.add("tiered_pricing")
         if fields.get("off_peak_pricing"):
             # It goes by the hour, for which a price has no place.
             self.unknown.add("off_peak_pricing")
@@ -178,6 +182,9 @@ class _Entry:
         if "output_image_tokens" in base:
             # Models that give pictures only: litellm, too, reads it as the price of all their output.
             base.setdefault("output_tokens", base["output_image_tokens"])
+        if base.keys() == {"audio_seconds"}:
+            # Billed by time alone. Tokens that are reported besides (Mistral does) cost nothing more.
+            base.update(input_tokens=0, output_tokens=0)
         self._drop_plain_reasoning()
         tiers = dict.fromkeys([DEFAULT_TIER, *(tier for tier, _ in self._rates)])
         return PriceTerms(
@@ -217,7 +224,7 @@ class _Entry:
         bound = 0
         if step := _STEP.fullmatch(stem):
             stem = step[1]
-            bound = int(step[2]) * (1_000 if step[3] else 1) - self._is_inclusive
+            bound = max(int(step[2]) * (1_000 if step[3] else 1) - self._is_inclusive, 0)
         if stem in _NOT_METERED or name.endswith(_NOT_METERED_ENDINGS):
             return ()
         unit = _DIMENSIONS.get(stem) or self._further.get(stem)
@@ -237,7 +244,7 @@ class _Entry:
         """Add prices by ranges of prompt lengths, of which each is whole: nothing holds over from the range below."""
         places: list[dict[str, int]] = []
         for one in ranges:
-            rates = self._rates.setdefault((DEFAULT_TIER, int(one["range"][0])), {})
+            rates = self._rates.setdefault((DEFAULT_TIER, max(int(one["range"][0]), 0)), {})
             for name, value in one.items():
                 if name in _DIMENSIONS and (rate := self._rate(name, value)) is not None:
                     rates.setdefault(_DIMENSIONS[name], rate)

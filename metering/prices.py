@@ -94,18 +94,27 @@ async def add_price(
 
 
 async def list_prices(
-    session: AsyncSession, *, organization_id: OrganizationId | None, now: datetime | None = None
+    session: AsyncSession,
+    *,
+    organization_id: OrganizationId | None,
+    model: str | None = None,
+    at: datetime | None = None,
+    all_versions: bool = False,
 ) -> list[PriceVersion]:
-    """Return an organization's own prices, or (None) everybody's, by model; of each the version in force at *now*.
+    """Return an organization's own prices, or (None) everybody's, by model: those in force *at* a time, or now.
 
-    Without *now* every version there ever was, later ones included.
+    With *all_versions* every one that there ever was or is to be, of each model the latest first.
     """
     owner = PriceRow.organization_id
     statement = select(PriceRow).where(owner.is_(None) if organization_id is None else owner == organization_id)
-    newest_first = (PriceRow.effective_from.desc(), PriceRow.id.desc())
-    if now is not None:
-        statement = statement.where(PriceRow.effective_from <= now).ext(distinct_on(PriceRow.model, PriceRow.source))
-    rows = await session.scalars(statement.order_by(PriceRow.model, PriceRow.source, *newest_first))
+    if model is not None:
+        statement = statement.where(PriceRow.model == model)
+    if not all_versions:
+        # Now is PostgreSQL's: by another machine's clock, what was just set might not have begun.
+        statement = statement.where(PriceRow.effective_from <= (at or func.clock_timestamp()))
+        statement = statement.ext(distinct_on(PriceRow.model, PriceRow.source))
+    latest_first = (PriceRow.effective_from.desc(), PriceRow.id.desc())
+    rows = await session.scalars(statement.order_by(PriceRow.model, PriceRow.source, *latest_first))
     return [version_of(row) for row in rows]
 
 

@@ -27,6 +27,7 @@ _COMMANDS: Final = {
     "keys": ("keys", "Create, list, find, rotate and revoke API keys."),
     "orgs": ("tenants", "Create and list organizations."),
     "projects": ("tenants", "Create and list projects."),
+    "budgets": ("budgets", "Show and set budgets: how much may be charged."),
     "limits": ("limits", "Show and set rate limits."),
     "usage": ("usage", "Show what was used and what it is charged."),
     "ledger": ("ledger", "Export the ledger."),

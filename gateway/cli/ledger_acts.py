@@ -40,18 +40,22 @@ def _sink(output: Path | None) -> Generator[BinaryIO]:
         with _told(output):
             sys.stdout.flush()
         return
-    partial = output.with_name(f"{output.name}.part")
+    # A pipe or a device keeps its place.
+    is_file = output.is_file() or not output.exists()
+    partial = output.with_name(f"{output.name}.part") if is_file else output
     with _told(output):
         file = partial.open("wb")
     try:
         yield file
         with _told(output):
             file.close()
-            partial.replace(output)
+            if is_file:
+                partial.replace(output)
     finally:
         with suppress(OSError):
             file.close()
-        partial.unlink(missing_ok=True)
+        if is_file:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

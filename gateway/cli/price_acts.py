@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from gateway.catalog_file import CatalogFile
 from gateway.cli.stores import Stores, chosen_organization, on_stores
 from metering import prices
 from metering.price_import import BUILTIN_PRICES, PriceChange, diff, import_prices, vanished
-from metering.price_list import PriceList, installed_price_list, read_price_list
+from metering.price_list import installed_price_list, read_price_list
 from metering.prices import MANUAL, MissingPrice, PriceVersion
 from metering.rating import DEFAULT_TIER, UNITS_PER_PRICE, PriceTerms, Rates, Step
 from metering.usage import UNIT_NAMES
@@ -25,6 +25,7 @@ from metering.usage import UNIT_NAMES
 # More than this is likelier a mistake in the list than a provider's decision.
 _CHANGE_PERCENT_MAX: Final = 50
 _COUNTED: Final = frozenset({"images", "audio_seconds"})
+_T = TypeVar("_T")
 
 
 class PriceLine(msgspec.Struct, frozen=True):
@@ -97,9 +98,8 @@ def list_all(glob: str | None, org: str | None, *, all_versions: bool) -> list[P
 
     async def act(stores: Stores) -> list[PriceVersion]:
         organization_id = None if org is None else await chosen_organization(stores, org)
-        now = None if all_versions else datetime.now(UTC)
         async with stores.database.transaction() as session:
-            found = await prices.list_prices(session, organization_id=organization_id, now=now)
+            found = await prices.list_prices(session, organization_id=organization_id, all_versions=all_versions)
         return [version for version in found if glob is None or fnmatchcase(version.model, glob)]
 
     return on_stores(act)
@@ -113,13 +113,11 @@ def set_price(model: str, rates: Mapping[str, int], org: str | None, effective_f
         organization_id = None if org is None else await chosen_organization(stores, org)
         catalog = CatalogFile(stores.settings.config_path, os.environ).catalog
         async with stores.database.transaction() as session:
-            present = await prices.list_prices(
-                session, organization_id=organization_id, now=effective_from or datetime.now(UTC)
-            )
+            present = await prices.list_prices(session, organization_id=organization_id, model=model, at=effective_from)
             made = await prices.add_price(
                 session, model, terms, organization_id=organization_id, effective_from=effective_from
             )
-        before = next((one for one in present if one.model == model and one.source == MANUAL), None)
+        before = next((one for one in present if one.source == MANUAL), None)
         return SetReport(
             made.id, model, organization_id, made.effective_from, terms, before, catalog.find(model) is not None
         )
@@ -135,9 +133,12 @@ def import_list(file: Path | None, glob: str | None, *, is_dry: bool, accepts_al
 
     async def act(stores: Stores) -> ImportReport:
         path = file or installed_price_list()
-        listed = _matching(read_price_list(path), glob)
+        listed = read_price_list(path)
+        listed = msgspec.structs.replace(
+            listed, prices=_matching(listed.prices, glob), incomplete=_matching(listed.incomplete, glob)
+        )
         async with stores.database.transaction() as session:
-            changes = await diff(session, {**listed.prices, **BUILTIN_PRICES})
+            changes = await diff(session, {**_matching(BUILTIN_PRICES, glob), **listed.prices})
             gone = await vanished(session, listed.prices.keys() | listed.incomplete.keys())
             taken = [change for change in changes if accepts_all or not _is_large(change)]
             imported = len(taken) if is_dry else await import_prices(session, taken, listed.digest)
@@ -149,7 +150,7 @@ def import_list(file: Path | None, glob: str | None, *, is_dry: bool, accepts_al
             imported=imported,
             changes=[_change_line(change) for change in changes],
             held_back=[] if accepts_all else [change.model for change in changes if _is_large(change)],
-            vanished=[model for model in gone if glob is None or fnmatchcase(model, glob)],
+            vanished=list(_matching(dict.fromkeys(gone), glob)),
             incomplete=listed.incomplete,
             skipped=listed.skipped,
             without_price=listed.without_price,
@@ -195,14 +196,8 @@ def set_rows(report: SetReport) -> list[SetLine]:
     return [line for line in lines if line.before or line.now]
 
 
-def _matching(listed: PriceList, glob: str | None) -> PriceList:
-    if glob is None:
-        return listed
-    return msgspec.structs.replace(
-        listed,
-        prices={model: terms for model, terms in listed.prices.items() if fnmatchcase(model, glob)},
-        incomplete={model: fields for model, fields in listed.incomplete.items() if fnmatchcase(model, glob)},
-    )
+def _matching(by_model: Mapping[str, _T], glob: str | None) -> dict[str, _T]:
+    return {model: value for model, value in by_model.items() if glob is None or fnmatchcase(model, glob)}
 
 
 def _is_large(change: PriceChange) -> bool:

@@ -19,8 +19,10 @@ _COLUMNS = (
 def range_options(command: Any) -> Any:
     """Add --from and --to, which name UTC days."""
     day = click.DateTime(formats=["%Y-%m-%d"])
-    command = click.option("--to", "to", type=day, help="The day after the last one, in UTC. Default: to now.")(command)
-    return click.option("--from", "since", type=day, help="The first day, in UTC, such as 2026-11-01.")(command)
+    until = "The day after the last one, in UTC. Default: to now."
+    command = click.option("--to", "to", type=day, metavar="DATE", help=until)(command)
+    since = "The first day, in UTC, such as 2026-11-01."
+    return click.option("--from", "since", type=day, metavar="DATE", help=since)(command)
 
 
 @click.command()
@@ -28,7 +30,11 @@ def range_options(command: Any) -> Any:
 @click.option("--days", type=click.IntRange(1, 3660), help=f"So many days, today among them. Default: {_DAYS_DEFAULT}.")
 @range_options
 @click.option(
-    "--by", type=click.Choice(["model", "project", "key", "day"]), default="model", show_default=True, help="Rows."
+    "--by",
+    type=click.Choice(["model", "project", "key", "day"]),
+    default="model",
+    show_default=True,
+    help="What there is a row of.",
 )
 @json_option
 def usage_command(

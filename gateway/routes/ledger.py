@@ -19,7 +19,7 @@ from gateway.routes.usage_forms import EndTime, StartTime, Texts
 from gateway.runtime import Runtime
 from keys.principal import Principal
 from metering.entry_export import Format, export
-from metering.entry_pages import EntryFilter, LedgerEntry, read_entries
+from metering.entry_pages import EntryFilter, LedgerEntry, entry_of, read_rows
 
 _MEDIA_TYPES: Final[dict[Format, str]] = {"csv": "text/csv", "jsonl": "application/jsonl"}
 
@@ -89,7 +89,7 @@ async def export_entries(request: Request[Any, Any, Any], principal: Principal, 
 
 async def _page(runtime: Runtime, principal: Principal, asked: LedgerQuery) -> LedgerPage:
     async with runtime.database.transaction() as session:
-        found = await read_entries(
+        rows = await read_rows(
             session,
             _filter(asked),
             organization_id=principal.organization_id,
@@ -97,9 +97,9 @@ async def _page(runtime: Runtime, principal: Principal, asked: LedgerQuery) -> L
             after=asked.after,
             count=asked.limit + 1,
         )
-    entries = found[: asked.limit]
+    entries = [entry_of(row) for row in rows[: asked.limit]]
     first, last = (entries[0].id, entries[-1].id) if entries else (None, None)
-    return LedgerPage(entries, first, last, has_more=len(found) > asked.limit)
+    return LedgerPage(entries, first, last, has_more=len(rows) > asked.limit)
 
 
 def _filter(asked: LedgerQuery | ExportQuery) -> EntryFilter:

@@ -21,6 +21,20 @@ BEGIN
 END
 $$
 """
+# A month is dropped only as it was archived: what has come since must be archived too.
+_DROP_MONTH = """
+CREATE FUNCTION drop_ledger_month(month regclass, rows_archived bigint) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE rows_now bigint;
+BEGIN
+  EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', month);
+  EXECUTE format('SELECT count(*) FROM %s', month) INTO rows_now;
+  IF rows_now = rows_archived THEN
+    EXECUTE format('ALTER TABLE ledger_entries DETACH PARTITION %s', month);
+    EXECUTE format('DROP TABLE %s', month);
+  END IF;
+END
+$$
+"""
 _TABLES = ("ledger_entries", "prices")
 
 
@@ -197,6 +211,7 @@ def upgrade() -> None:
     )
     # ### end Alembic commands ###
     op.execute(_APPEND_ONLY)
+    op.execute(_DROP_MONTH)
     for table in _TABLES:
         op.execute(
             f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE ON {table}"
@@ -224,4 +239,5 @@ def downgrade() -> None:
     op.drop_index("ix_budget_events_organization_id", table_name="budget_events")
     op.drop_table("budget_events")
     # ### end Alembic commands ###
+    op.execute("DROP FUNCTION drop_ledger_month(regclass, bigint)")
     op.execute("DROP FUNCTION refuse_change()")

@@ -31,7 +31,9 @@ from gateway.routes.usage import OPERATIONS
 from inference.endpoints import ENDPOINTS
 from keys.lifecycle import NewKey, create_key
 from keys.scopes import ADMIN_SCOPES
+from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway
+from tests.harness.provider import FakeProvider
 from tests.harness.raw import RawAnswer, call
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant, new_tenant
@@ -158,6 +160,28 @@ class TestForms:
 
 
 class TestResults:
+    async def test_a_call_is_told_of_as_its_provider_counted_it(
+        self, gateway: Gateway, provider: FakeProvider, client: AsyncOpenAI, books: Books
+    ) -> None:
+        answered = await client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "hi"}])
+        assert answered.usage is not None
+
+        async def told() -> Any:
+            page = await client.admin.organization.usage.completions(
+                start_time=answered.created - 86_400, group_by=["model", "api_key_id", "project_id"], limit=31
+            )
+            return [result for bucket in page.data for result in bucket.results]
+
+        [result] = await eventually(told)
+        assert (result.model, result.api_key_id, result.project_id, result.num_model_requests) == (
+            *("fake", books.tenant.key_id, books.tenant.project_id),
+            1,
+        )
+        assert (result.input_tokens, result.output_tokens) == (
+            answered.usage.prompt_tokens,
+            answered.usage.completion_tokens,
+        )
+
     async def test_completions(self, client: AsyncOpenAI, database: Database, books: Books) -> None:
         units = {
             "input_tokens": 1,

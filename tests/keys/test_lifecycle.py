@@ -10,13 +10,14 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import Database, Table
+from core.errors import Invalid
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
 from core.settings import Pepper
 from keys import lifecycle
 from keys.errors import KeyRevoked, TenantNotFound
 from keys.lifecycle import NewKey, create_key, list_keys, revoke_key, rotate_key, set_limits
 from keys.limits import RateLimits
-from keys.scopes import ALL_SCOPES
+from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
 from keys.secrets import fingerprint, hint, is_well_formed
 from keys.tables import KeyChangeRow, KeySecretRow
 from keys.tenants import create_organization, create_project, list_organizations, list_projects, only_organization
@@ -96,9 +97,9 @@ class TestCreate:
         assert key.ip_networks == ["192.0.2.1/24", "2001:db8::1"]
         assert (key.disabled_at, key.last_used_at) == (None, None)
 
-    def test_a_key_may_do_everything_unless_told_otherwise(self) -> None:
+    def test_a_key_may_call_everything_and_administer_nothing_unless_told_otherwise(self) -> None:
         new = NewKey(name="k")
-        assert tuple(new.scopes) == ALL_SCOPES
+        assert set(new.scopes) == set(ALL_SCOPES) - set(ADMIN_SCOPES) == set(INFERENCE_SCOPES)
         assert (new.models, new.ip_networks, new.expires_at) == (None, None, None)
 
     @pytest.mark.parametrize(
@@ -112,6 +113,15 @@ class TestCreate:
     def test_nonsense_is_refused_by_name(self, wrong: dict[str, tuple[str, ...]], named: str) -> None:
         with pytest.raises(ValueError, match=named):
             NewKey(name="k", **wrong)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("inference", INFERENCE_SCOPES)
+    @pytest.mark.parametrize("admin", ADMIN_SCOPES)
+    def test_one_key_never_both_calls_and_administers(self, inference: str, admin: str) -> None:
+        """Guarantee: what an application holds cannot read the books, and what reads the books cannot spend."""
+        assert NewKey(name="k", scopes=[admin]).scopes == [admin]
+        with pytest.raises(Invalid) as caught:
+            NewKey(name="k", scopes=[inference, admin])
+        assert caught.value.param == "scopes"
 
     async def test_a_project_of_somebody_else_does_not_exist(self, made: Made) -> None:
         mine, _ = await made.tenant()

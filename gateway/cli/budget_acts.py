@@ -1,0 +1,143 @@
+"""What `aap budgets` does."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+
+from core.clock import SystemClock
+from core.ids import KeyId, OrganizationId
+from core.money import NanoUsd, parse_usd, usd_text
+from gateway.cli.common import fail
+from gateway.cli.stores import Stores, chosen_organization, on_stores
+from keys import lifecycle
+from keys.dimensions import BudgetPeriod, BudgetScope
+from keys.revocation import KeyChange, announce
+from metering import budgets
+from metering.budgets import BudgetStanding
+
+
+class BudgetRow(msgspec.Struct, frozen=True):
+    """A budget as it is shown."""
+
+    scope: str
+    id: str
+    period: str
+    limit_usd: str
+    spent_usd: str
+    kind: str
+    renewed_at: datetime | None
+
+
+class EventRow(msgspec.Struct, frozen=True):
+    """A threshold that was crossed."""
+
+    created_at: datetime
+    budget: str
+    period_began: datetime
+    threshold_percent: int
+    spent_usd: str
+    limit_usd: str
+
+
+def list_all(org: str | None) -> list[BudgetRow]:
+    """Return an organization's budgets."""
+
+    async def act(stores: Stores) -> list[BudgetRow]:
+        organization_id = await chosen_organization(stores, org)
+        return [_shown(standing) for standing in await _standings(stores, organization_id)]
+
+    return on_stores(act)
+
+
+def change(
+    scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, limit_usd: str, *, is_hard: bool, org: str | None
+) -> BudgetRow:
+    """Make or change a budget, tell the gateways, and return it as it is then."""
+    limit = _amount(limit_usd)
+
+    async def act(stores: Stores) -> BudgetRow:
+        organization_id = await _owner(stores, scope, scope_id, org)
+        target = scope_id or organization_id
+        async with stores.database.transaction() as session:
+            sequence = await budgets.set_budget(
+                session, (scope, target), period, limit=limit, is_hard=is_hard, organization_id=organization_id
+            )
+        await announce(stores.redis, KeyChange(sequence=sequence, organization_id=organization_id, key_id=None))
+        return next(
+            _shown(one)
+            for one in await _standings(stores, organization_id)
+            if (one.budget.scope, one.budget.scope_id, one.budget.period) == (scope, target, period)
+        )
+
+    return on_stores(act)
+
+
+def delete(scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None) -> None:
+    """Delete a budget and tell the gateways."""
+
+    async def act(stores: Stores) -> None:
+        organization_id = await _owner(stores, scope, scope_id, org)
+        async with stores.database.transaction() as session:
+            sequence = await budgets.delete_budget(
+                session, (scope, scope_id or organization_id), period, organization_id=organization_id
+            )
+        await announce(stores.redis, KeyChange(sequence=sequence, organization_id=organization_id, key_id=None))
+
+    on_stores(act)
+
+
+def events(org: str | None, limit: int) -> list[EventRow]:
+    """Return the thresholds that were crossed, newest first."""
+
+    async def act(stores: Stores) -> list[EventRow]:
+        organization_id = await chosen_organization(stores, org)
+        async with stores.database.transaction() as session:
+            rows = await budgets.list_events(session, limit, organization_id=organization_id)
+        return [
+            EventRow(
+                row.created_at,
+                row.budget_id,
+                row.starts_at,
+                row.threshold_percent,
+                usd_text(row.spent_nano_usd),
+                usd_text(row.limit_nano_usd),
+            )
+            for row in rows
+        ]
+
+    return on_stores(act)
+
+
+async def _standings(stores: Stores, organization_id: OrganizationId) -> list[BudgetStanding]:
+    async with stores.database.transaction() as session:
+        return await budgets.list_standings(session, SystemClock().now(), organization_id=organization_id)
+
+
+async def _owner(stores: Stores, scope: BudgetScope, scope_id: str | None, org: str | None) -> OrganizationId:
+    """Return whose budget this is. A key names its organization, and an organization itself."""
+    if org is None and scope_id is not None and scope == "key":
+        async with stores.database.transaction() as session:
+            return await lifecycle.find_key_owner(session, KeyId(scope_id))
+    return await chosen_organization(stores, scope_id if org is None and scope == "organization" else org)
+
+
+def _amount(text: str) -> NanoUsd:
+    try:
+        return parse_usd(text.removeprefix("$"))
+    except ValueError as error:
+        fail(f"--limit: {error}")
+
+
+def _shown(standing: BudgetStanding) -> BudgetRow:
+    budget = standing.budget
+    return BudgetRow(
+        scope=budget.scope,
+        id=budget.scope_id,
+        period=budget.period,
+        limit_usd=usd_text(budget.limit_nano_usd),
+        spent_usd=usd_text(standing.spent_nano_usd),
+        kind="hard" if budget.is_hard else "soft",
+        renewed_at=standing.ends_at,
+    )

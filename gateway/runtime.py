@@ -225,6 +225,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         await runtime.flush_marks()
         runtime.quota.flush()
         await runtime.ledger.close()
+        runtime.quota.flush()
         runtime.request_log.flush()
         runtime.metrics.save()
         await _close_all(runtime)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from inference.attempts import AttemptPolicy, open_answer
@@ -103,12 +104,19 @@ class Inference:
     def settle(self, exchange: Exchange) -> None:
         """Give back what the call did not use, enter what it did, and report it. Idempotent; never fails.
 
-        Redis is told before PostgreSQL: so it never knows less of a budget (`metering/budgets.py`).
+        Where a hard budget holds, PostgreSQL is told first: until it knows what was spent, the most that the call could
+        cost stays reserved (`metering/budgets.py`).
         """
-        charge = self._meter.end(exchange)
         reservation = exchange.reservation
-        if reservation is not None:
-            self._quota.settle(reservation, sum(exchange.tokens), charge)
+        if exchange.intent is None:
+            if reservation is not None:
+                self._quota.settle(reservation, sum(exchange.tokens))
+        elif reservation is not None and reservation.plan.budgets:
+            self._meter.end(exchange, partial(self._quota.settle, reservation, sum(exchange.tokens)))
+        else:
+            self._meter.end(exchange)
+            if reservation is not None:
+                self._quota.settle(reservation, sum(exchange.tokens))
         self._on_settled(exchange)
 
 

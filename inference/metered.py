@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from core.money import usd_text
@@ -89,29 +91,32 @@ class CallMeter:
         charge = exchange.charge_nano_usd
         return "" if charge is None else usd_text(charge)
 
-    def end(self, exchange: Exchange) -> int:
-        """Enter a call that has ended, if a provider may have seen it; return what it is charged, in nano-USD."""
-        if exchange.intent is None:
-            return 0
+    def end(self, exchange: Exchange, on_entered: Callable[[int], None] | None = None) -> None:
+        """Enter a call that has ended and that a provider may have seen.
+
+        *on_entered* is told what it is charged, in nano-USD, once that is durable.
+        """
         self.rate(exchange)
-        deployment = exchange.deployment
+        deployment, intent, units = exchange.deployment, exchange.intent, exchange.units
         assert deployment is not None
-        assert exchange.units is not None
+        assert units is not None
         cost, charge = exchange.cost_nano_usd, exchange.charge_nano_usd
         duration_ms = (time.perf_counter() - exchange.started_at) * 1000
         entry = Entry(
             exchange.request_id,
             self._attribution(exchange, deployment),
             _result(exchange, is_unpriced=cost is None or charge is None),
-            exchange.units,
+            units,
             cost or 0,
             charge or 0,
             exchange.started_ms,
             min(int(duration_ms), _COUNT_MAX),
             int((exchange.first_byte_at - exchange.started_at) * 1000) if exchange.first_byte_at else None,
         )
-        self._ledger.settle(entry, exchange.intent)
-        return charge or 0
+        if on_entered is None:
+            self._ledger.settle(entry, intent)
+        else:
+            self._ledger.settle(entry, intent, partial(on_entered, charge or 0))
 
     def _find(self, exchange: Exchange, deployment: Deployment) -> CallPrices:
         if not self._prices.is_loaded:

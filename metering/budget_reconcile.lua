@@ -1,16 +1,17 @@
--- Put right what Redis holds of one budget in one period, by what PostgreSQL knew a moment ago.
+-- Put right what Redis holds of one budget in one period, by what PostgreSQL knows.
 --
--- KEYS[1]  the budget, as keys/quota.lua has it    ARGV[1]  nano-USD charged, in PostgreSQL
--- ARGV[2], ARGV[3] …  request id and nano-USD charged of calls that have ended, or were given up
+-- KEYS[1]  the budget, as keys/quota.lua has it
+-- ARGV[1]  nano-USD charged, in PostgreSQL, before the reservations were looked at
+-- ARGV[2]  by how many nano-USD Redis had counted more than PostgreSQL knew afterwards: corrections have taken them away
+-- ARGV[3], ARGV[4] …  request id and nano-USD charged of calls that have ended, or were given up
 --
--- Answers how many of these were still held. What PostgreSQL knows more is what Redis has lost; it never knows less but
--- for what is on its way there.
+-- Answers how many of these were still held.
 
 local call, format = redis.call, string.format
 local known = call('HMGET', KEYS[1], 's', 'r')
 if not known[1] then return 0 end
-local spent, reserved, settled = tonumber(known[1]), tonumber(known[2]), 0
-for i = 2, #ARGV, 2 do
+local spent, reserved, settled = tonumber(known[1]) - tonumber(ARGV[2]), tonumber(known[2]), 0
+for i = 3, #ARGV, 2 do
   local held = call('HGET', KEYS[1], ARGV[i])
   if held then
     call('HDEL', KEYS[1], ARGV[i])

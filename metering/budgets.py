@@ -1,14 +1,16 @@
 """What was spent of budgets: PostgreSQL knows, and Redis is told.
 
-Redis holds hard budgets so that a call is admitted in one command (`keys/quota.lua`). Calls are charged there first and
-here right after, so Redis never knows less than PostgreSQL, but for what it has lost. What it has lost, and what dead
-gateways have left reserved, is put right by `reconcile`, which a worker runs every few seconds.
+Redis holds hard budgets so that a call is admitted in one command (`keys/quota.lua`). A call that has ended is charged
+in PostgreSQL first, and in Redis when that is durable; until then the most that it could cost stays reserved. So what
+Redis counts as spent is in PostgreSQL, and what is in PostgreSQL and not yet spent in Redis is reserved there. Whatever
+breaks that (a Redis that forgot, a gateway that died, a correction) is put right by `reconcile`, which a worker runs
+every few seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any, Final, cast
 
@@ -206,18 +208,29 @@ async def reconcile(database: Database, redis: Redis, clock: Clock) -> int:
     """Put right what Redis holds of every hard budget; return how many reservations were settled for others.
 
     A reservation whose call is in the ledger is charged what the ledger says; one that neither runs nor ended after a
-    minute is given back; and Redis is told what was charged if it knows less. Errors: what either store raises.
+    minute is given back; and Redis knows as much as PostgreSQL then. Errors: what either store raises.
     """
     count = 0
     async for budget in _hard_budgets(database):
         starts_at = period_bounds(budget.period, clock.now())[0]
         key = state_key(budget, starts_at)
-        held = [name.decode() for name in await cast("Any", redis).hkeys(key)]
-        if held:
-            ended, spent = await _ended(database, budget, starts_at, [name for name in held if len(name) > 1], clock)
-            arguments = [part for pair in ended.items() for part in pair]
-            count += int(await cast("Any", redis).eval(_RECONCILE, 1, key, spent, *arguments))
+        # In this order. What was charged before the reservations are read is settled in Redis, or still reserved and
+        # found among them; and what Redis has counted by then is all in PostgreSQL afterwards.
+        charged_before = await _charged(database, budget, starts_at)
+        state: dict[bytes, bytes] = await cast("Any", redis).hgetall(key)
+        if b"s" not in state:
+            continue
+        held = [name.decode() for name in state if len(name) > 1]
+        ended = await _ended(database, held, clock)
+        excess = max(0, int(state[b"s"]) - await _charged(database, budget, starts_at))
+        arguments = [part for pair in ended.items() for part in pair]
+        count += int(await cast("Any", redis).eval(_RECONCILE, 1, key, charged_before, excess, *arguments))
     return count
+
+
+async def _charged(database: Database, budget: Budget, starts_at: datetime) -> int:
+    async with database.transaction() as session:
+        return int(await session.scalar(select(_spent(budget.id, starts_at))) or 0)
 
 
 async def _hard_budgets(database: Database) -> AsyncIterator[Budget]:
@@ -234,23 +247,19 @@ async def _hard_budgets(database: Database) -> AsyncIterator[Budget]:
         last = page[-1].id
 
 
-async def _ended(
-    database: Database, budget: Budget, starts_at: datetime, held: list[str], clock: Clock
-) -> tuple[dict[str, int], int]:
-    """Return what those of *held* were charged that came to an end, and what the budget's period was charged in all."""
-    # The database's own snapshot, of all three: a call that ends meanwhile is still running in it.
+async def _ended(database: Database, held: list[str], clock: Clock) -> dict[str, int]:
+    """Return what those of *held* were charged that came to an end; nothing for those that were given up."""
     charged = (
         select(LedgerEntryRow.request_id, func.sum(LedgerEntryRow.charge_nano_usd))
         .where(LedgerEntryRow.request_id.in_(held))
         .group_by(LedgerEntryRow.request_id)
     )
+    running = select(UsageIntentRow.request_id).where(UsageIntentRow.request_id.in_(held))
     async with database.transaction() as session:
+        # One snapshot for both: a call that ends meanwhile is still running in it.
         await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-        spent = await session.scalar(select(_spent(budget.id, starts_at)))
         ended = {row[0]: int(row[1]) for row in await session.execute(charged)}
-        running = set(
-            await session.scalars(select(UsageIntentRow.request_id).where(UsageIntentRow.request_id.in_(held)))
-        )
-    oldest = clock.now().astimezone(UTC) - _ABANDONED_AFTER
-    abandoned = {name: 0 for name in held if name not in ended and name not in running and moment_of(name) < oldest}
-    return {**abandoned, **{name: charge for name, charge in ended.items() if name not in running}}, int(spent or 0)
+        live = set(await session.scalars(running))
+    oldest = clock.now() - _ABANDONED_AFTER
+    abandoned = {name: 0 for name in held if name not in ended and moment_of(name) < oldest}
+    return {name: charge for name, charge in {**abandoned, **ended}.items() if name not in live}

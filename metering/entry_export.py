@@ -22,9 +22,9 @@ COLUMNS: Final = LedgerEntry.__struct_fields__[:-1]
 # Names that providers, or who configured them, chose: a spreadsheet would run what begins like a formula
 # (OWASP, CSV Injection). Everything else is of our making, amounts with their minus among it.
 _NAMES_FROM_OUTSIDE: Final = tuple(COLUMNS.index(name) for name in ("model", "deployment", "service_tier"))
+_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 _TIMES: Final = (COLUMNS.index("occurred_at"), COLUMNS.index("booked_at"))
 _IS_UNPRICED: Final = COLUMNS.index("is_unpriced")
-_FORMULA_STARTS: Final = ("=", "+", "-", "@", "\t", "\r")
 _json = msgspec.json.Encoder()
 
 
@@ -37,33 +37,27 @@ async def export(
     or not. Errors: those of the database, also between two pieces.
     """
     encode, head = (_csv_lines, _csv([COLUMNS])) if form == "csv" else (_json.encode_lines, b"")
-    async for rows in _reads(database, chosen, organization_id=organization_id):
+    after = None
+    while True:
+        rows = await _read(database, chosen, organization_id=organization_id, after=after)
         for at in range(0, len(rows), ROWS_PER_PIECE):
             yield head + encode([entry_of(row) for row in rows[at : at + ROWS_PER_PIECE]])
             head = b""
             await asyncio.sleep(0)
+        if len(rows) < ROWS_PER_READ:
+            break
+        after = entry_of(rows[-1]).id
     if head:
         yield head
 
 
-async def _reads(
-    database: Database, chosen: EntryFilter, *, organization_id: OrganizationId
-) -> AsyncGenerator[Sequence[Sequence[Any]]]:
-    after = None
-    while True:
-        async with database.transaction() as session:
-            rows = await read_rows(
-                session,
-                chosen,
-                organization_id=organization_id,
-                order="oldest first",
-                after=after,
-                count=ROWS_PER_READ,
-            )
-        yield rows
-        if len(rows) < ROWS_PER_READ:
-            return
-        after = entry_of(rows[-1]).id
+async def _read(
+    database: Database, chosen: EntryFilter, *, organization_id: OrganizationId, after: str | None
+) -> Sequence[Sequence[Any]]:
+    async with database.transaction() as session:
+        return await read_rows(
+            session, chosen, organization_id=organization_id, order="oldest first", after=after, count=ROWS_PER_READ
+        )
 
 
 def _csv_lines(entries: Sequence[LedgerEntry]) -> bytes:

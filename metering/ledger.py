@@ -82,6 +82,7 @@ class Ledger:
             "entries", self._write_entries, pause_seconds=_ENTRY_PAUSE_SECONDS, rows_max=_ROWS_MAX
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._on_entered: dict[str, Callable[[], None]] = {}
         self.refused_rows = 0
         """Rows that PostgreSQL would not take; their intents stay for the sweeper."""
 
@@ -144,8 +145,15 @@ class Ledger:
         self._intents.add(_Waiting(intent, durable, self._loop.time()))
         return durable
 
-    def settle(self, entry: Entry, intent: asyncio.Future[None] | None) -> None:
-        """Enter *entry*; its intent leaves in the same transaction. Never waits, never fails."""
+    def settle(
+        self, entry: Entry, intent: asyncio.Future[None] | None, on_entered: Callable[[], None] | None = None
+    ) -> None:
+        """Enter *entry*; its intent leaves in the same transaction. Never waits, never fails.
+
+        *on_entered* is called once that is durable.
+        """
+        if on_entered is not None:
+            self._on_entered[entry.request_id] = on_entered
         if intent is None or intent.done():
             self._entries.add(entry)
         else:
@@ -183,11 +191,20 @@ class Ledger:
         else:
             if rows[0][0] < len(entries):
                 await correct(self._entry_writer.fetch, entries)
+            if self._on_entered:
+                self._tell(entries)
+
+    def _tell(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            on_entered = self._on_entered.pop(entry.request_id, None)
+            if on_entered is not None:
+                on_entered()
 
     async def _write_apart(self, entries: Sequence[Entry], error: Exception) -> None:
         """Find the row that PostgreSQL refuses, and write the others."""
         if len(entries) == 1:
             self.refused_rows += 1
+            self._on_entered.pop(entries[0].request_id, None)
             _log.error("ledger.entry_refused", request_id=entries[0].request_id, error=str(error))
             return
         half = len(entries) // 2

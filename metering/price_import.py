@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import new_id
-from metering.prices import MANUAL
+from metering.prices import MANUAL, terms_of
 from metering.rating import DEFAULT_TIER, PriceTerms, Rates, Step, effective_rates, rate_of
 from metering.tables import PriceRow
 from metering.usage import UNIT_NAMES
@@ -75,12 +75,12 @@ async def import_prices(session: AsyncSession, changes: Sequence[PriceChange], d
 async def _imported(session: AsyncSession) -> dict[str, PriceTerms]:
     """Return the newest imported price of each model."""
     rows = await session.execute(
-        select(PriceRow.model, PriceRow.terms)
+        select(PriceRow.model, PriceRow.id, PriceRow.terms)
         .where(PriceRow.source != MANUAL, PriceRow.organization_id.is_(None))
         .ext(distinct_on(PriceRow.model))
         .order_by(PriceRow.model, PriceRow.effective_from.desc(), PriceRow.id.desc())
     )
-    return {model: msgspec.convert(terms, PriceTerms) for model, terms in rows}
+    return {model: terms_of(price_id, terms) for model, price_id, terms in rows}
 
 
 def _row(change: PriceChange, digest: str) -> dict[str, Any]:

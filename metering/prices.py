@@ -13,6 +13,7 @@ from datetime import datetime
 from typing import Final
 
 import msgspec
+import structlog
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import distinct_on
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,12 +22,14 @@ from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
 from keys.lookup import require_organization
-from metering.rating import PriceTerms
+from metering.rating import DEFAULT_TIER, PriceTerms, Rates, Step
 from metering.tables import PriceRow, SpendWindowRow
 
 MANUAL: Final = "manual"
 _FOUND_MAX: Final = 50_000
 _HOUR_SECONDS: Final = 3_600
+_NOTHING_PRICED: Final = PriceTerms(tiers={DEFAULT_TIER: (Step(rates=Rates()),)})
+_log = structlog.get_logger(__name__)
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
@@ -266,14 +269,21 @@ def version_of(row: PriceRow) -> PriceVersion:
         organization_id=None if row.organization_id is None else OrganizationId(row.organization_id),
         source=row.source,
         effective_from=row.effective_from,
-        terms=terms_of(row),
+        terms=terms_of(row.id, row.terms),
     )
 
 
-def terms_of(row: PriceRow) -> PriceTerms:
-    """Return the terms in a row."""
-    return msgspec.convert(row.terms, PriceTerms)
+def terms_of(price_id: str, stored: object) -> PriceTerms:
+    """Return the terms in a row. Terms that cannot be read, such as a later release's, price nothing.
+
+    They must not stop a gateway, and cannot be removed; nor may the price before them, or a list's, stand in for them.
+    """
+    try:
+        return msgspec.convert(stored, PriceTerms)
+    except msgspec.ValidationError as error:
+        _log.error("price.not_understood", price_id=price_id, problem=str(error))
+        return _NOTHING_PRICED
 
 
 def _price(row: PriceRow) -> Price:
-    return Price(id=row.id, model=row.model, terms=terms_of(row))
+    return Price(id=row.id, model=row.model, terms=terms_of(row.id, row.terms))

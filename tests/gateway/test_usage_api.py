@@ -166,9 +166,11 @@ class TestResults:
         answered = await client.chat.completions.create(model="fake", messages=[{"role": "user", "content": "hi"}])
         assert answered.usage is not None
 
+        yesterday = int((datetime.now(UTC) - timedelta(days=1)).timestamp())
+
         async def told() -> Any:
             page = await client.admin.organization.usage.completions(
-                start_time=answered.created - 86_400, group_by=["model", "api_key_id", "project_id"], limit=31
+                start_time=yesterday, group_by=["model", "api_key_id", "project_id"]
             )
             return [result for bucket in page.data for result in bucket.results]
 
@@ -347,10 +349,12 @@ class TestPages:
         assert sum(result.num_model_requests for bucket in whole for result in bucket.results) == 5 * 10**4 + 146
 
     async def test_minutes(self, client: AsyncOpenAI, database: Database, books: Books) -> None:
-        await use(database, books, timedelta(minutes=61), seconds=60, requests=5)
-        got = await ask_client(client, "completions", bucket_width="1m", limit=1440)
-        assert len(got.data) == 1440
-        assert [result.num_model_requests for bucket in got.data[61:62] for result in bucket.results] == [5]
+        yesterday = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=1)
+        await use(database, books, yesterday + timedelta(minutes=61) - DAY, seconds=60, requests=5)
+        times = {"start_time": int(yesterday.timestamp()), "end_time": int(yesterday.timestamp()) + 2 * 86_400}
+        got = await ask_client(client, "completions", bucket_width="1m", limit=1440, **times)
+        assert [len(bucket.results) for bucket in got.data] == [number == 61 for number in range(1440)]
+        assert got.data[61].results[0].num_model_requests == 5
         assert got.has_more
 
 

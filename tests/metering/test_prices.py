@@ -41,6 +41,10 @@ def costing(usd_per_million: int, *, output: int | None = None, above: dict[int,
     return PriceTerms(tiers={"default": (Step(rates=first), *later)})
 
 
+def prioritised(terms: PriceTerms, usd_per_million: int) -> PriceTerms:
+    return PriceTerms(tiers={**terms.tiers, "priority": costing(usd_per_million).tiers["default"]})
+
+
 def usd_of(price: Price | None) -> int | None:
     return None if price is None else (rate(Units(input_tokens=1_000_000), price.terms, None) or 0) // 10**9
 
@@ -166,6 +170,8 @@ class TestImport:
             (costing(10), costing(10, above={200_000: 25}), 150),
             (costing(10, above={200_000: 20}), costing(10), 50),
             (costing(10, above={200_000: 20}), costing(10, above={100_000: 20}), 100),
+            (costing(10), prioritised(costing(10), 25), 150),
+            (prioritised(costing(10), 25), costing(10), 60),
         ],
     )
     async def test_the_largest_change_is_of_what_a_unit_costs(
@@ -322,6 +328,30 @@ class TestBook:
             await session.execute(insert(PriceRow), [row])
         assert await shelf.refresh(model)
         assert shelf.found(model) == (4, 4)
+
+    @pytest.mark.parametrize("terms", [{"tiers": {}}, {"tiers": {"default": [{"rates": {"thoughts": 1}}]}}, {}])
+    async def test_terms_that_cannot_be_read_price_nothing_and_stop_nobody(
+        self, shelf: Shelf, terms: dict[str, object]
+    ) -> None:
+        """Guarantee: a later release's price leaves calls unpriced; they are not rated by an older one, or a list's."""
+        model, listed = fresh(), fresh()
+        await shelf.set(model, 1)
+        await shelf.list(**{listed: 2})
+        async with shelf.database.transaction() as session:
+            row = {"id": new_id("price"), "source": "manual", "terms": terms}
+            await session.execute(insert(PriceRow), [{**row, "model": model}])
+            row = {"id": new_id("price"), "source": "litellm", "terms": terms}
+            await session.execute(insert(PriceRow), [{**row, "model": listed}])
+        await shelf.refresh(model, listed)
+        for found in (
+            shelf.book.find(OrganizationId("org_1"), model, (listed,)),
+            shelf.book.find(OrganizationId("org_1"), "other", (listed,)),
+        ):
+            assert found is not None
+            assert found.charge is not None
+            assert rate(Units(input_tokens=1), found.charge.terms, None) is None
+        async with shelf.database.transaction() as session:
+            assert [change.kind for change in await diff(session, {listed: costing(2)})] == ["changed"]
 
     async def test_while_postgresql_is_down_the_book_stays_as_it_was(self, shelf: Shelf) -> None:
         model = fresh()

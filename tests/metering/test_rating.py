@@ -276,7 +276,8 @@ class TestWorstCase:
         ):
             assert worst_case(price, msgspec.structs.replace(plain, **flags)) == amount
 
-    def test_it_is_reached(self) -> None:
-        """Guarantee: no more is held back than some usage within the ask does cost."""
-        ask = Ask(input_tokens_max=700, output_tokens_max=9, service_tier="default")
-        assert worst_case(STEPPED, ask) == rate(Units(input_tokens=700, reasoning_tokens=9), STEPPED, "default")
+    @pytest.mark.parametrize("prompt", [1, 200, 201, 500, 501, 700])
+    def test_it_is_reached(self, prompt: int) -> None:
+        """Guarantee: no more is held back than some usage within the ask does cost, on either side of a bound."""
+        ask = Ask(input_tokens_max=prompt, output_tokens_max=9, service_tier="default")
+        assert worst_case(STEPPED, ask) == rate(Units(input_tokens=prompt, reasoning_tokens=9), STEPPED, "default")

@@ -247,7 +247,7 @@ def _of_openai_parts(usage: OpenAIUsage, inside: InputDetails, made: OutputDetai
     seconds = math.ceil(usage.seconds or usage.prompt_audio_seconds or 0)
     if not prompt and not completion and not seconds:
         # Voyage reports embeddings by their total alone.
-        prompt = usage.total_tokens or 0
+        prompt = max(usage.total_tokens or 0, 0)
     whole = _Whole(prompt)
     cached = whole.take(
         inside.cached_tokens or usage.prompt_cache_hit_tokens or usage.cache_read_input_tokens or usage.cached_tokens
@@ -261,7 +261,10 @@ def _of_openai_parts(usage: OpenAIUsage, inside: InputDetails, made: OutputDetai
     if made is None and usage.input_tokens_details is not None and inside.image_tokens is not None:
         made = OutputDetails(image_tokens=completion)
     made = made or OutputDetails()
-    outside = _outside_completion(usage, inside, made.reasoning_tokens or 0)
+    outside = 0
+    if usage.completion_tokens is not None or usage.output_tokens is not None:
+        excess = (usage.total_tokens or 0) - prompt - completion - (inside.tool_use_tokens or 0)
+        outside = 0 if usage.prompt_audio_seconds else _outside_completion(excess, made.reasoning_tokens or 0)
     answer = _Whole(completion + outside)
     return Units(
         input_tokens=whole.left,
@@ -278,19 +281,15 @@ def _of_openai_parts(usage: OpenAIUsage, inside: InputDetails, made: OutputDetai
     )
 
 
-def _outside_completion(usage: OpenAIUsage, inside: InputDetails, reasoning: int) -> int:
-    """Return the output tokens that are in the total and not in `completion_tokens`.
+def _outside_completion(excess: int, reasoning: int) -> int:
+    """Return the output tokens that `completion_tokens` leaves out, of those that the total has in *excess*.
 
     xAI counts reasoning beside the completion. Gemini behind OpenAI's shape does too, and does not name it: what the
-    total has in excess there is thoughts, which Google bills as output. Mistral's excess is audio, billed by seconds.
+    total has in excess there is thoughts, which Google bills as output. (Mistral's excess is audio, billed by seconds.)
     """
-    if usage.completion_tokens is None and usage.output_tokens is None:
+    if excess <= 0:
         return 0
-    prompt, completion = usage.counts
-    excess = (usage.total_tokens or 0) - prompt - completion - (inside.tool_use_tokens or 0)
-    if excess <= 0 or usage.prompt_audio_seconds:
-        return 0
-    if reasoning:
+    if reasoning > 0:
         return reasoning if excess >= reasoning else 0
     return excess
 

@@ -76,11 +76,11 @@ class Gateway:
             await self.add_process()
         return self
 
-    async def add_process(self) -> subprocess.Popen[bytes]:
+    async def add_process(self, module: str = "gateway.server", *arguments: str) -> subprocess.Popen[bytes]:
         reading, writing = os.pipe()
         with self._log_path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "gateway.server"],
+                [sys.executable, "-m", module, *arguments],
                 cwd=ROOT,
                 env={**self._environ, "AAP_READY_FD": str(writing)},
                 pass_fds=(writing,),

@@ -13,6 +13,7 @@ from core.database import Database
 from core.embedded import _PostgresServer, _RedisServer
 from core.migrations import upgrade
 from core.settings import Pepper
+from tests.harness.eventually import eventually
 from tests.harness.stores import TestStores
 
 
@@ -66,6 +67,12 @@ class PrivatePostgres:
 
     async def stop(self) -> None:
         await asyncio.to_thread(self._server.stop)
+
+    async def stop_immediately(self) -> None:
+        """End it as a power cut would: nothing is written out, and the next start recovers (`immediate` mode)."""
+        pid = self.pid
+        os.kill(pid, signal.SIGQUIT)
+        await eventually(lambda: not Path(f"/proc/{pid}").exists() or not self._server.is_running(), 10)
 
     @property
     def pid(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import random
 import signal
@@ -30,6 +31,8 @@ PATH = "/v1/chat/completions"
 _TOKEN_SECONDS = 0.02
 CHECKPOINT_SECONDS = 2.0
 _CALLS = 14
+# What was reported so long before its gateway's death must be in the ledger as it was reported.
+_SETTLED_SECONDS = 1.0
 
 
 class Victim(NamedTuple):
@@ -41,6 +44,16 @@ class Victim(NamedTuple):
     countdown: int = 1
 
 
+class Called(NamedTuple):
+    """What is known of one call beside the ledger."""
+
+    model: str
+    truths: list[Truth]
+    read_bytes: int
+    died_at: float
+    """When the gateway was killed; infinity if it was not."""
+
+
 class Truth:
     """What the provider knows of one call."""
 
@@ -48,7 +61,7 @@ class Truth:
         # As our own estimate of a prompt has it, so that a lost call's prompt is no source of difference.
         self.prompt = len(body) // 4 + 1
         self.output = 0
-        self.is_reported = False
+        self.reported_at: float | None = None
         self.token_times: list[float] = []
 
 
@@ -68,7 +81,7 @@ class Provider:
         tokens = int(str(body["max_tokens"]))
         if not body.get("stream"):
             await moment(_TOKEN_SECONDS * min(tokens, 10))
-            truth.output, truth.is_reported = tokens, True
+            truth.output, truth.reported_at = tokens, time.time()
             await answer(chat_answer(usage=(truth.prompt, tokens)))(exchange)
             return
         await exchange.send_head()
@@ -79,7 +92,7 @@ class Provider:
             truth.token_times.append(time.time())
             await exchange.send_events(chunk(f"w{number}"), end=False)
             await moment(_TOKEN_SECONDS)
-        truth.is_reported = True
+        truth.reported_at = time.time()
         await exchange.send_events(chunk(finish="stop"), chunk(usage=(truth.prompt, truth.output)))
 
 
@@ -107,17 +120,41 @@ class Matrix:
         await self.writer.close()
         await self.database.close()
 
-    async def run(self, seed: int, tenant: Tenant, models: list[str], gateway: Gateway) -> Victim:
-        """Do some calls while the seed's victim dies; return it once all has come to rest."""
+    async def run(self, seed: int, tenant: Tenant, models: list[str], gateway: Gateway) -> tuple[Victim, float]:
+        """Do some calls while the seed's victim dies; return it, and when the gateway died, once all is at rest."""
         victim, dice = victims(seed), random.Random(seed)
         armed = [victim.point, victim.side, str(victim.countdown)] if victim.kind == "gateway" else []
         process = await start(gateway, *armed)
+        died = asyncio.create_task(_death_of(process))
         calls = [asyncio.create_task(self._call(gateway, tenant, model, dice)) for model in models]
         await self._kill(victim, process, dice)
         await asyncio.gather(*calls)
         await self._end(process)
+        died_at = await died
         await self._sweep(victim)
-        return victim
+        return victim, died_at
+
+    async def kill_late(self, tenant: Tenant, models: list[str], gateway: Gateway) -> float:
+        """Kill a gateway when its streams have run for more than two windows; return when, once all is at rest."""
+        process = await start(gateway)
+        died = asyncio.create_task(_death_of(process))
+        body = {model: chat(model, stream=True, max_tokens=1_000) for model in models}
+        connections = [await RawConnection.open(gateway.port) for _ in models]
+        for connection, model in zip(connections, models, strict=True):
+            await connection.send(post(PATH, tenant.key, body[model]))
+            self.read_bytes[model] = 1
+        books = self.provider.books
+        await eventually(lambda: all(books.get(m) and books[m][0].output > 230 for m in models), 30)
+        process.kill()
+        died_at = await died
+        for connection in connections:
+            connection.reset()
+        await eventually(self._work, 30)
+        return died_at
+
+    def called(self, models: list[str], died_at: float) -> list[Called]:
+        """What is known of the calls of a run."""
+        return [Called(m, self.provider.books.get(m, []), self.read_bytes[m], died_at) for m in models]
 
     async def _call(self, gateway: Gateway, tenant: Tenant, model: str, dice: random.Random) -> None:
         await moment(dice.random() * 0.5)
@@ -198,13 +235,20 @@ class Matrix:
         return await verify(self.database)
 
 
+async def _death_of(process: subprocess.Popen[bytes]) -> float:
+    """Return when the process was killed; infinity if it ended by itself."""
+    code = await asyncio.to_thread(process.wait, 60)
+    return time.time() if code == -signal.SIGKILL else math.inf
+
+
 async def start(gateway: Gateway, *armed: str) -> subprocess.Popen[bytes]:
     """Start one process of *gateway*, armed."""
     return await gateway.add_process("tests.harness.failpoints", "gateway", *armed)
 
 
-def problems(model: str, truths: list[Truth], entries: list[dict[str, Any]], read_bytes: int) -> list[str]:
+def problems(call: Called, entries: list[dict[str, Any]]) -> list[str]:
     """Return what the ledger has wrong of one call."""
+    model, truths, read_bytes = call.model, call.truths, call.read_bytes
     usage = [entry for entry in entries if entry["kind"] == "usage"]
     if len(usage) > 1:
         return [f"{model}: entered {len(usage)} times"]
@@ -217,9 +261,11 @@ def problems(model: str, truths: list[Truth], entries: list[dict[str, Any]], rea
         return [] if usage[0]["quality"] == "estimated" and output == 0 else [f"{model}: billed, and never asked for"]
     truth = truths[-1]
     if usage[0]["quality"] == "exact":
-        right = prompt == truth.prompt and output == truth.output and truth.is_reported
+        right = prompt == truth.prompt and output == truth.output and truth.reported_at is not None
         refused = usage[0]["requests"] == 0 and output == 0
         return [] if right or refused else [f"{model}: {prompt}+{output} is not {truth.prompt}+{truth.output}"]
+    if truth.reported_at is not None and truth.reported_at < call.died_at - _SETTLED_SECONDS:
+        return [f"{model}: estimated, and reported {call.died_at - truth.reported_at:.2f} s before the gateway's death"]
     return _window_problems(model, usage[0], truth, output)
 
 

@@ -86,6 +86,7 @@ def _first_key(home: Path, environ: Mapping[str, str], models: Sequence[str]) ->
     with running(_command(home, free_port()), core=SUBJECT_CORE, log=log, environ=environ) as process:
         key = _await_key(process, log)
         raise_limits(home, environ, models)
+        set_prices(home, environ, models)
     deadline = time.monotonic() + STOP_SECONDS_MAX
     while members_of(process.pid, home):
         if time.monotonic() > deadline:
@@ -120,6 +121,12 @@ def raise_limits(home: Path, environ: Mapping[str, str], models: Sequence[str]) 
     for scope in scopes:
         concurrency = ["--concurrent-requests", _LIMIT] if scope == ["organization"] else []
         _aap(["limits", "set", *scope, *limits, *concurrency], home, environ)
+
+
+def set_prices(home: Path, environ: Mapping[str, str], models: Sequence[str]) -> None:
+    """Give every model a price, so that each call is rated and charged. Errors: SubjectFailedError."""
+    for name in models:
+        _aap(["prices", "set", name, "--input", "0.15", "--output", "0.60"], home, environ)
 
 
 def _aap(words: Sequence[str], home: Path, environ: Mapping[str, str]) -> str:

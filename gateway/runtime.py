@@ -72,12 +72,7 @@ class Runtime:
         self.feed = feed
         self.catalog_file = CatalogFile(settings.config_path, os.environ)
         self.router = Router()
-        self.client = Http1Client(
-            limits=ConnectionLimits(
-                connections_per_origin_max=settings.edge.in_flight_max, buffered_bytes_max=_BUFFERED_BYTES_MAX
-            ),
-            proxies=ProxySettings.from_environ(os.environ),
-        )
+        self.client = _client(settings)
         self.clock = SystemClock()
         self.quota = Quota(scripts, LocalQuota(self.clock, lambda: feed.live_gateways), SpentBudgets(database))
         self.authenticator = Authenticator(
@@ -110,15 +105,7 @@ class Runtime:
             inference=self.inference,
             admission=self.admission,
             live=self.live,
-            idempotency=Idempotency(
-                Claims(
-                    database,
-                    feed.gateway_id,
-                    kept_seconds=settings.idempotency.retention_seconds,
-                    lease_seconds=settings.ledger.lease_seconds,
-                ),
-                settings.idempotency,
-            ),
+            idempotency=_idempotency(settings, database, feed),
         )
 
     def _report(self, exchange: Exchange) -> None:
@@ -229,6 +216,23 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         runtime.request_log.flush()
         runtime.metrics.save()
         await _close_all(runtime)
+
+
+def _client(settings: Settings) -> Http1Client:
+    limits = ConnectionLimits(
+        connections_per_origin_max=settings.edge.in_flight_max, buffered_bytes_max=_BUFFERED_BYTES_MAX
+    )
+    return Http1Client(limits=limits, proxies=ProxySettings.from_environ(os.environ))
+
+
+def _idempotency(settings: Settings, database: Database, feed: KeyFeed) -> Idempotency:
+    claims = Claims(
+        database,
+        feed.gateway_id,
+        kept_seconds=settings.idempotency.retention_seconds,
+        lease_seconds=settings.ledger.lease_seconds,
+    )
+    return Idempotency(claims, settings.idempotency)
 
 
 async def _close_all(runtime: Runtime) -> None:

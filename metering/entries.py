@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
-from metering.usage import NO_UNITS, Units
+from metering.usage import Units
 
 Quality = Literal["exact", "estimated"]
 EntryKind = Literal["usage", "adjustment", "credit"]
@@ -77,24 +77,42 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
 
 SETTLE: Final = files("metering").joinpath("settle.sql").read_text()
 INTEND: Final = files("metering").joinpath("intend.sql").read_text()
-_NO_SHARED_UNITS: Final = (0,) * 8
+_encode: Final = msgspec.json.Encoder().encode
+_SHARED_UNITS: Final = (
+    "cache_write_tokens",
+    "cache_write_1h_tokens",
+    "input_audio_tokens",
+    "input_image_tokens",
+    "output_audio_tokens",
+    "output_image_tokens",
+    "images",
+    "audio_seconds",
+)
+_NO_SHARED_UNITS: Final = (0,) * len(_SHARED_UNITS)
+_SHARED_NAMES: Final = (*Attribution._fields, *Result._fields, *_SHARED_UNITS)
 
 
-def settle_arguments(entries: Sequence[Entry]) -> list[list[Any]]:
+def settle_arguments(entries: Sequence[Entry]) -> list[str]:
     """Return the arguments of metering/settle.sql for *entries*: dimensions that are nearly always zero are shared."""
-    shared: dict[tuple[Any, ...], int] = {}
-    own: list[tuple[Any, ...]] = []
+    # By identity: what is equal and not the same is sent twice, which is as right.
+    places: dict[tuple[int, int, int], int] = {}
+    shared: list[tuple[Attribution, Result, tuple[int, ...]]] = []
+    own: list[tuple[str, int, int, int, int, int, int, int, int, int, int]] = []
     for entry in entries:
-        units = entry.units
-        rest = _NO_SHARED_UNITS if units is NO_UNITS else _shared_units(units)
-        key = (*entry.attribution, *entry.result, *rest)
+        units, attribution, result = entry.units, entry.attribution, entry.result
+        rest = _shared_units(units)
+        key = (id(attribution), id(result), id(rest))
+        place = places.get(key)
+        if place is None:
+            shared.append((attribution, result, rest))
+            place = places[key] = len(shared)
         own.append(
             (
                 entry.request_id,
-                shared.setdefault(key, len(shared) + 1),
+                place,
                 entry.started_ms,
                 entry.duration_ms,
-                entry.first_byte_ms,
+                -1 if entry.first_byte_ms is None else entry.first_byte_ms,
                 entry.cost_nano_usd,
                 entry.charge_nano_usd,
                 units.input_tokens,
@@ -103,11 +121,15 @@ def settle_arguments(entries: Sequence[Entry]) -> list[list[Any]]:
                 units.reasoning_tokens,
             )
         )
-    return [*map(list, zip(*own, strict=True)), *map(list, zip(*shared, strict=True))]
+    named = [
+        {"n": place, **dict(zip(_SHARED_NAMES, (*attribution, *result, *rest), strict=True))}
+        for place, (attribution, result, rest) in enumerate(shared, 1)
+    ]
+    return [*_arrays(own), _encode(named).decode()]
 
 
 def _shared_units(units: Units) -> tuple[int, ...]:
-    return (
+    rest = (
         units.cache_write_tokens,
         units.cache_write_1h_tokens,
         units.input_audio_tokens,
@@ -117,19 +139,29 @@ def _shared_units(units: Units) -> tuple[int, ...]:
         units.images,
         units.audio_seconds,
     )
+    return rest if any(rest) else _NO_SHARED_UNITS
 
 
-def intend_arguments(gateway_id: str, intents: Sequence[Intent]) -> list[Any]:
+def intend_arguments(gateway_id: str, intents: Sequence[Intent]) -> list[str]:
     """Return the arguments of metering/intend.sql for *intents*, of which no two are of one call."""
-    shared: dict[Attribution, int] = {}
-    own = [
-        (
-            intent.request_id,
-            shared.setdefault(intent.attribution, len(shared) + 1),
-            intent.prompt_tokens,
-            intent.reserved_nano_usd,
-            intent.started_ms,
-        )
-        for intent in intents
+    places: dict[int, int] = {}
+    shared: list[Attribution] = []
+    own: list[tuple[str, int, int, int, int]] = []
+    for intent in intents:
+        attribution = intent.attribution
+        place = places.get(id(attribution))
+        if place is None:
+            shared.append(attribution)
+            place = places[id(attribution)] = len(shared)
+        own.append((intent.request_id, place, intent.prompt_tokens, intent.reserved_nano_usd, intent.started_ms))
+    named = [
+        {"n": place, **dict(zip(Attribution._fields, attribution, strict=True))}
+        for place, attribution in enumerate(shared, 1)
     ]
-    return [gateway_id, *map(list, zip(*own, strict=True)), *map(list, zip(*shared, strict=True))]
+    return [gateway_id, *_arrays(own), _encode(named).decode()]
+
+
+def _arrays(rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Return the columns of *rows* as PostgreSQL writes arrays: ids, which need no quotes, and then whole numbers."""
+    ids, *columns = zip(*rows, strict=True)
+    return [f"{{{','.join(ids)}}}", *[f"{{{str(column)[1:-1].rstrip(',')}}}" for column in columns]]

@@ -1,5 +1,5 @@
 -- Write down which calls are about to reach a provider. A further attempt at another deployment replaces the row of the
--- first one. As in metering/settle.sql, what many calls have in common ($7 and on) is sent once.
+-- first one. As in metering/settle.sql, what many calls have in common ($7) is sent once.
 
 INSERT INTO usage_intents (
   request_id, gateway_id, started_at,
@@ -11,13 +11,11 @@ SELECT
   prompt_tokens, reserved_nano_usd, organization_id, project_id, key_id, secret_id, model, deployment,
   operation, price_id, charge_price_id
 FROM unnest(
-  $2::text[], $3::int8[], $4::int4[], $5::int8[], $6::int8[]
+  $2::text::text[], $3::text::int8[], $4::text::int4[], $5::text::int8[], $6::text::int8[]
 ) AS o (request_id, n, prompt_tokens, reserved_nano_usd, started_ms)
-JOIN unnest(
-  $7::text[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[], $13::text[], $14::text[],
-  $15::text[]
-) WITH ORDINALITY AS s (
-  organization_id, project_id, key_id, secret_id, model, deployment, operation, price_id, charge_price_id, n
+JOIN json_to_recordset($7::text::json) AS s (
+  n int8, organization_id text, project_id text, key_id text, secret_id text, model text, deployment text,
+  operation text, price_id text, charge_price_id text
 ) USING (n)
 ON CONFLICT (request_id) DO UPDATE SET
   gateway_id = excluded.gateway_id, checkpoint_at = now(),

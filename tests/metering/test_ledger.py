@@ -66,7 +66,7 @@ async def test_a_missing_month_is_made(books: Books, ledger: Ledger) -> None:
 
 
 async def test_checkpoints_write_down_what_live_calls_have_brought(books: Books, stores: TestStores) -> None:
-    intents = [books.intent() for _ in range(3)]
+    intents = sorted((books.intent() for _ in range(3)), key=lambda intent: intent.request_id)
     live = ([intent.request_id for intent in intents], [7, 8, 9])
     gateway_id = GatewayId(new_id("gw"))
     ledger = Ledger(stores.database_url, gateway_id, SystemClock(), observed=lambda: live)

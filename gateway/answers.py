@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from inference.exchange import Exchange
@@ -58,6 +59,7 @@ def cost_line(usd: str) -> bytes:
     return b"x-request-cost-usd: %b\r\n" % usd.encode() if usd else b""
 
 
+@lru_cache(maxsize=4096)
 def go_duration(milliseconds: int) -> bytes:
     """Return a duration as Go prints it, the form of OpenAI's headers: `0s`, `120ms`, `1.5s`, `6m0s`."""
     if milliseconds <= 0:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
-from typing import Final
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
 
 from core.money import usd_text
 from inference.asks import ask_of
@@ -60,7 +60,7 @@ class CallMeter:
         reservation = exchange.reservation
         intent = Intent(
             exchange.request_id,
-            self._attribution(exchange, deployment),
+            _attribution(exchange, deployment),
             min(prompt_tokens, _COUNT_MAX),
             0 if reservation is None else reservation.nano_usd_max,
             exchange.started_ms,
@@ -101,11 +101,22 @@ class CallMeter:
         assert deployment is not None
         assert units is not None
         cost, charge = exchange.cost_nano_usd, exchange.charge_nano_usd
+        result = _result(
+            exchange.service_tier,
+            "estimated" if exchange.is_estimated else "exact",
+            cost is None or charge is None,
+            exchange.upstream_status,
+            exchange.status,
+            exchange.outcome,
+        )
+        reported = None if exchange.usage is None else reported_cost(exchange.usage)
+        if reported is not None:
+            result = result._replace(reported_cost_nano_usd=reported)
         duration_ms = (time.perf_counter() - exchange.started_at) * 1000
         entry = Entry(
             exchange.request_id,
-            self._attribution(exchange, deployment),
-            _result(exchange, is_unpriced=cost is None or charge is None),
+            _attribution(exchange, deployment),
+            result,
             units,
             cost or 0,
             charge or 0,
@@ -126,38 +137,53 @@ class CallMeter:
         found = self._prices.find(principal.organization_id, exchange.model, deployment.price_names)
         return found or _UNPRICED
 
-    def _attribution(self, exchange: Exchange, deployment: Deployment) -> Attribution:
-        principal, prices = exchange.principal, exchange.prices
-        assert principal is not None
-        assert prices is not None
-        return Attribution(
-            principal.organization_id,
-            principal.project_id,
-            principal.key_id,
-            principal.secret_id,
-            exchange.model,
-            deployment.id,
-            exchange.endpoint.operation,
-            prices.cost.id if prices.cost else None,
-            prices.charge.id if prices.charge else None,
-        )
+
+class _Payer(NamedTuple):
+    """Who pays for calls of a plan at a deployment, as long as its prices are these."""
+
+    prices: CallPrices
+    attribution: Attribution
 
 
-def _result(exchange: Exchange, *, is_unpriced: bool) -> Result:
-    quality: Quality = "estimated" if exchange.is_estimated else "exact"
-    return Result(
-        "usage",
-        0,
-        exchange.service_tier,
-        quality,
-        is_unpriced,
-        1 if 200 <= exchange.upstream_status < 300 else 0,
-        exchange.status,
-        exchange.outcome,
-        None,
-        None,
-        None if exchange.usage is None else reported_cost(exchange.usage),
+def _attribution(exchange: Exchange, deployment: Deployment) -> Attribution:
+    """Return the same object for the same caller, deployment and prices: batches of the ledger say it once."""
+    prices, reservation = exchange.prices, exchange.reservation
+    assert prices is not None
+    assert reservation is not None
+    memo = reservation.plan.memo
+    operation = exchange.endpoint.operation
+    known = memo.get((deployment.id, operation))
+    if isinstance(known, _Payer) and known.prices is prices:
+        return known.attribution
+    principal = exchange.principal
+    assert principal is not None
+    attribution = Attribution(
+        principal.organization_id,
+        principal.project_id,
+        principal.key_id,
+        principal.secret_id,
+        exchange.model,
+        deployment.id,
+        operation,
+        prices.cost.id if prices.cost else None,
+        prices.charge.id if prices.charge else None,
     )
+    memo[deployment.id, operation] = _Payer(prices, attribution)
+    return attribution
+
+
+@lru_cache(maxsize=1024)
+def _result(
+    service_tier: str,
+    quality: Quality,
+    is_unpriced: bool,  # noqa: FBT001 - a cache knows arguments by place
+    upstream_status: int,
+    status: int,
+    outcome: str,
+) -> Result:
+    """Return the same object for calls that went alike."""
+    requests = 1 if 200 <= upstream_status < 300 else 0
+    return Result("usage", 0, service_tier, quality, is_unpriced, requests, status, outcome)
 
 
 def _estimated(prompt_tokens: int, output_tokens: int) -> Units:

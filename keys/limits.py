@@ -101,6 +101,7 @@ class QuotaPlan:
         "budgets",
         "denial",
         "denied_until_seconds",
+        "memo",
         "names",
         "organization_id",
         "record_prefix",
@@ -131,6 +132,8 @@ class QuotaPlan:
         # Set by the quota while a limit of requests is known to be exhausted.
         self.denied_until_seconds = 0.0
         self.denial: RateLimitReached | None = None
+        self.memo: dict[object, object] = {}
+        """What callers of this plan have worked out once for all its calls, under names of their own."""
 
     @classmethod
     def for_call(

@@ -158,6 +158,11 @@ def units_of(usage: Usage) -> Units:
 def is_credible(usage: Usage) -> bool:
     """Tell whether a model can have used that much. What is not credible counts as not reported."""
     if isinstance(usage, OpenAIUsage):
+        prompt, completion, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+        is_plain = usage.input_tokens is None and usage.output_tokens is None and usage.seconds is None
+        if prompt and completion and total and is_plain and usage.prompt_audio_seconds is None:
+            # By far the commonest case, and this is the hot path.
+            return 0 < prompt <= COUNT_MAX and 0 < completion <= COUNT_MAX and 0 < total <= COUNT_MAX
         counts = (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens)
         rest = (usage.total_tokens, usage.seconds, usage.prompt_audio_seconds)
     elif isinstance(usage, AnthropicUsage):

@@ -1,7 +1,13 @@
-"""Claims and answers of requests with an Idempotency-Key, in PostgreSQL: they outlive the process that made them."""
+"""Claims and answers of requests with an Idempotency-Key, in PostgreSQL: they outlive the process that made them.
+
+A claim has a lease of its own, which its gateway renews while it works: one that nobody works on any more (its gateway
+died, or could not give it up) is free again when the lease has run out. Gateway and request id together tell a claim
+from every other one of the same key, so that what comes too late changes nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal
 
@@ -10,12 +16,15 @@ from sqlalchemy import text
 
 from core.database import Database
 from core.ids import GatewayId, KeyId
+from metering.entries import LOST
 
-# Whoever inserts the row works on the request. A row that has expired is as good as none.
+# Whoever inserts the row works on the request. A row that has expired is as good as none. The retention begins with the
+# answer: a claim must not expire while it is worked on.
 _CLAIM: Final = text("""
 INSERT INTO idempotent_answers AS a
   (key_id, idempotency_key, organization_id, request_digest, request_id, gateway_id, state, expires_at)
-VALUES (:key_id, :idempotency_key, :organization_id, :digest, :request_id, :gateway_id, 'running', now() + :kept)
+VALUES (:key_id, :idempotency_key, :organization_id, :digest, :request_id, :gateway_id, 'running',
+  now() + :kept + interval '1 day')
 ON CONFLICT (key_id, idempotency_key) DO UPDATE SET
   request_digest = excluded.request_digest, request_id = excluded.request_id, gateway_id = excluded.gateway_id,
   state = 'running', status = NULL, content_type = NULL, body = NULL, claimed_at = now(),
@@ -23,25 +32,41 @@ ON CONFLICT (key_id, idempotency_key) DO UPDATE SET
 WHERE a.expires_at < now()
 RETURNING request_id
 """)
-# A gateway is dead when neither its lease nor the claim itself is younger than a lease.
+# A PostgreSQL that has just come up has not heard of anybody for a while: it gives them the time of a lease.
 _FIND: Final = text("""
-SELECT a.request_digest, a.request_id, a.gateway_id, a.state, a.status, a.content_type, a.body,
-  greatest(l.seen_at, a.claimed_at) < now() - :lease AS is_abandoned
-FROM idempotent_answers a LEFT JOIN gateway_leases l ON l.gateway_id = a.gateway_id
-WHERE a.key_id = :key_id AND a.idempotency_key = :idempotency_key
+SELECT request_digest, request_id, gateway_id, state, status, content_type, body,
+  greatest(claimed_at, pg_postmaster_start_time()) < now() - :lease AS is_abandoned
+FROM idempotent_answers
+WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND expires_at >= now()
 """)
+# The ledger knows a lost call, or soon will, by its request id: under the same one both are billed once. What was
+# entered as it was, or given up by this very gateway, is a call of its own: the next one needs another id.
 _TAKE_OVER: Final = text("""
-UPDATE idempotent_answers SET gateway_id = :gateway_id, claimed_at = now()
-WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running' AND gateway_id = :other
+UPDATE idempotent_answers AS a SET gateway_id = :gateway_id, claimed_at = now(), request_id = CASE
+  WHEN a.gateway_id = :gateway_id OR EXISTS (
+    SELECT 1 FROM ledger_entries e WHERE e.request_id = a.request_id AND e.outcome <> :lost
+  ) THEN :request_id ELSE a.request_id END
+WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
+  AND gateway_id = :other_gateway_id AND request_id = :other_request_id
 RETURNING request_id
 """)
+_RENEW: Final = text("""
+UPDATE idempotent_answers AS a SET claimed_at = now()
+FROM unnest(CAST(:key_ids AS text[]), CAST(:idempotency_keys AS text[]), CAST(:request_ids AS text[]))
+  AS h (key_id, idempotency_key, request_id)
+WHERE a.key_id = h.key_id AND a.idempotency_key = h.idempotency_key AND a.request_id = h.request_id
+  AND a.gateway_id = :gateway_id AND a.state = 'running'
+""")
 _COMPLETE: Final = text("""
-UPDATE idempotent_answers SET state = :state, status = :status, content_type = :content_type, body = :body
-WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running' AND gateway_id = :gateway_id
+UPDATE idempotent_answers
+SET state = :state, status = :status, content_type = :content_type, body = :body, expires_at = now() + :kept
+WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
+  AND gateway_id = :gateway_id AND request_id = :request_id
 """)
 _RELEASE: Final = text("""
 DELETE FROM idempotent_answers
-WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running' AND gateway_id = :gateway_id
+WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
+  AND gateway_id = :gateway_id AND request_id = ANY(CAST(:request_ids AS text[]))
 """)
 _PRUNE: Final = text("""
 DELETE FROM idempotent_answers WHERE (key_id, idempotency_key) IN (
@@ -63,17 +88,31 @@ class ClaimKey(msgspec.Struct, frozen=True):
         return {"key_id": self.key_id, "idempotency_key": self.idempotency_key, **more}
 
 
+class Hold(msgspec.Struct, frozen=True):
+    """A claim that this gateway has. The call that answers it goes by *request_id*."""
+
+    key: ClaimKey
+    request_id: str
+
+
+class KeptAnswer(msgspec.Struct, frozen=True):
+    """An answer that was given before. *head* is its content type, and the provider's headers behind it, as lines."""
+
+    request_id: str
+    status: int
+    head: bytes
+    body: bytes
+
+
 class FoundClaim(msgspec.Struct, frozen=True):
     """What is known of an Idempotency-Key that was used before."""
 
     digest: bytes
-    request_id: str
     gateway_id: str
     state: State
-    status: int
-    content_type: str
-    body: bytes
     is_abandoned: bool
+    answer: KeptAnswer
+    """Of a claim that is `done`; of others only the request id is known."""
 
 
 class Claims:
@@ -82,21 +121,14 @@ class Claims:
     def __init__(self, database: Database, gateway_id: GatewayId, *, kept_seconds: float, lease_seconds: float) -> None:
         self._database = database
         self.gateway_id = gateway_id
+        self.lease_seconds = lease_seconds
         self._kept = timedelta(seconds=kept_seconds)
         self._lease = timedelta(seconds=lease_seconds)
 
-    async def claim(self, key: ClaimKey, digest: bytes, request_id: str, organization_id: str) -> bool:
-        """Claim an Idempotency-Key that nobody has used; tell whether that was so."""
-        return await self._changes(
-            _CLAIM,
-            key.named(
-                organization_id=organization_id,
-                digest=digest,
-                request_id=request_id,
-                gateway_id=self.gateway_id,
-                kept=self._kept,
-            ),
-        )
+    async def claim(self, key: ClaimKey, digest: bytes, request_id: str, organization_id: str) -> Hold | None:
+        """Claim an Idempotency-Key that nobody has used; None if somebody has."""
+        values = {"organization_id": organization_id, "digest": digest, "request_id": request_id, "kept": self._kept}
+        return await self._take(_CLAIM, key, values)
 
     async def find(self, key: ClaimKey) -> FoundClaim | None:
         """Return what is known of a key."""
@@ -106,33 +138,56 @@ class Claims:
             return None
         return FoundClaim(
             digest=row.request_digest,
-            request_id=row.request_id,
             gateway_id=row.gateway_id,
             state=row.state,
-            status=row.status or 0,
-            content_type=row.content_type or "",
-            body=row.body or b"",
             is_abandoned=row.is_abandoned,
+            answer=KeptAnswer(
+                row.request_id, row.status or 0, (row.content_type or "").encode("latin-1"), row.body or b""
+            ),
         )
 
-    async def take_over(self, key: ClaimKey, other: str) -> bool:
-        """Take the claim of the dead gateway *other*; tell whether nobody was faster."""
-        return await self._changes(_TAKE_OVER, key.named(gateway_id=self.gateway_id, other=other))
+    async def take_over(self, key: ClaimKey, found: FoundClaim, request_id: str) -> Hold | None:
+        """Take a claim that nobody works on any more; None if somebody was faster.
 
-    async def complete(self, key: ClaimKey, state: State, status: int, content_type: str, body: bytes | None) -> None:
-        """Keep the answer, or the note that it was too large to be kept."""
-        values = {"state": state, "status": status, "content_type": content_type, "body": body}
-        async with self._database.transaction() as session:
-            await session.execute(_COMPLETE, key.named(gateway_id=self.gateway_id, **values))
+        The call goes by the id of the one that was lost, or by *request_id* if there was none to be billed with it.
+        """
+        other = {"other_gateway_id": found.gateway_id, "other_request_id": found.answer.request_id}
+        return await self._take(_TAKE_OVER, key, {**other, "request_id": request_id, "lost": LOST})
 
-    async def release(self, key: ClaimKey) -> None:
-        """Give a claim up: the next request with that key is the first again."""
+    async def renew(self, holds: Sequence[Hold]) -> None:
+        """Say that *holds* are still worked on."""
+        parameters = {
+            "key_ids": [hold.key.key_id for hold in holds],
+            "idempotency_keys": [hold.key.idempotency_key for hold in holds],
+            "request_ids": [hold.request_id for hold in holds],
+            "gateway_id": self.gateway_id,
+        }
         async with self._database.transaction() as session:
-            await session.execute(_RELEASE, key.named(gateway_id=self.gateway_id))
+            await session.execute(_RENEW, parameters)
 
-    async def _changes(self, statement: Any, parameters: dict[str, Any]) -> bool:
+    async def complete(self, hold: Hold, state: State, answer: KeptAnswer) -> None:
+        """Keep the answer, or, without its body, the note that it was too large to be kept. Idempotent."""
+        values = {
+            "gateway_id": self.gateway_id,
+            "request_id": hold.request_id,
+            "state": state,
+            "status": answer.status,
+            "content_type": answer.head.decode("latin-1"),
+            "body": answer.body,
+            "kept": self._kept,
+        }
         async with self._database.transaction() as session:
-            return (await session.execute(statement, parameters)).first() is not None
+            await session.execute(_COMPLETE, hold.key.named(**values))
+
+    async def release(self, key: ClaimKey, *request_ids: str) -> None:
+        """Give a claim up that goes by one of *request_ids*: the next request with that key is the first again."""
+        async with self._database.transaction() as session:
+            await session.execute(_RELEASE, key.named(gateway_id=self.gateway_id, request_ids=list(request_ids)))
+
+    async def _take(self, statement: Any, key: ClaimKey, values: dict[str, Any]) -> Hold | None:
+        async with self._database.transaction() as session:
+            row = (await session.execute(statement, key.named(gateway_id=self.gateway_id, **values))).one_or_none()
+        return None if row is None else Hold(key, row.request_id)
 
 
 async def prune(database: Database) -> int:

@@ -103,8 +103,10 @@ def victims(seed: int) -> Victim:
     every += [Victim("postgres"), Victim("redis")] * 5
     chosen = every[seed % len(every)]
     dice = random.Random(seed)
-    is_rare = chosen.point in {"checkpoint", "orphans", "sweep", "reconcile"}
-    return chosen._replace(countdown=1 if is_rare else dice.randrange(1, _CALLS))
+    if chosen.kind == "worker":
+        return chosen
+    # The first checkpoint is a gateway's start; the second comes two seconds later.
+    return chosen._replace(countdown=2 if chosen.point == "checkpoint" else dice.randrange(1, _CALLS))
 
 
 class Matrix:

@@ -121,9 +121,8 @@ class HotRoutes:
         run.phase = "running"
         answer = await call.collect()
         if claim is not None:
-            claim.recording.begin(call.status, call.content_type, is_stream=False)
-            claim.recording.write(answer)
-            await self._once.keep(claim, exchange)
+            self._once.begin(claim, call)
+            await self._once.keep(claim, exchange, answer)
         lines = answer_lines(exchange, call.content_type) + passed_on(call.headers) + cost_line(call.charged)
         if run.whole(call.status, lines, answer):
             await run.drained()
@@ -135,9 +134,14 @@ class HotRoutes:
             data = await call.read()
             exchange.first_byte_at = time.perf_counter()
             run.phase = "running"
+            if claim is not None:
+                self._once.begin(claim, call)
+                await self._once.record(claim, exchange, data)
             if run.begin(call.status, call.content_type, passed_on(call.headers), data):
                 await run.drained()
             while data := await call.read():
+                if claim is not None:
+                    await self._once.record(claim, exchange, data)
                 if run.write(data):
                     await run.drained()
         except asyncio.CancelledError:

@@ -3,7 +3,8 @@
 A second request joins the first one while it runs, or is given the answer that was kept. The key belongs to an API key,
 and to a route and body: with another body it is refused (422). Answers that fail are not kept: the next request is the
 first again. When the gateway that worked on a request has died, the next one takes over, under the same request id, so
-that the ledger has one entry of both. PostgreSQL down: refused, since nobody can tell who was first.
+that the ledger has one entry of both. PostgreSQL down: refused, since nobody can tell who was first; an answer that was
+given meanwhile is kept when it is back.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-from typing import Final
+import re
+from collections.abc import Coroutine
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
 
 from core.database import DOWN
-from core.errors import AppError
 from core.settings import IdempotencySettings
 from gateway.errors import AnswerTooLarge, IdempotencyKeyInvalid, IdempotencyKeyReused, StillRunning
-from gateway.idempotency_claims import ClaimKey, Claims
+from gateway.idempotency_claims import ClaimKey, Claims, FoundClaim, Hold, KeptAnswer
 from gateway.recording import Recording
 from inference.exchange import Exchange
 from metering.errors import LedgerUnavailable
@@ -30,23 +32,37 @@ _KEY_LENGTH_MAX: Final = 255
 _POLL_SECONDS: Final = (0.05, 0.1, 0.2, 0.5)
 # As long as OpenAI's clients wait for one answer.
 _WAIT_SECONDS_MAX: Final = 600.0
+# As long as a connection to PostgreSQL may take to be had.
+_LOOK_SECONDS_MAX: Final = 5.0
 _COMPLETE_SECONDS_MAX: Final = 2.0
+_RELEASE_SECONDS_MAX: Final = 1.0
+_RETRY_SECONDS: Final = 1.0
+_BOUNDARY: Final = re.compile(rb'^multipart/form-data\s*;.*\bboundary="?([^";,\s]+)', re.IGNORECASE)
+_T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
 
 
-class KeptAnswer(msgspec.Struct, frozen=True):
-    """An answer that was given before."""
-
-    status: int
-    content_type: bytes
-    body: bytes
-
-
-class Claim(msgspec.Struct, frozen=True):
-    """The right and duty to answer. *recording* is what others join."""
+class Asked(msgspec.Struct, frozen=True):
+    """What was asked for: requests that are the same have the same."""
 
     key: ClaimKey
-    recording: Recording
+    digest: bytes
+
+
+class Claim:
+    """A request of which no other one of this process is the first. *recording* is what others join.
+
+    With a *hold* it is the first of all, and has the right and duty to answer.
+    """
+
+    __slots__ = ("asked", "hold", "is_kept", "recording")
+
+    def __init__(self, asked: Asked, recording: Recording) -> None:
+        self.asked = asked
+        self.recording = recording
+        self.hold: Hold | None = None
+        self.is_kept = False
+        """Whether the answer is, or will be, kept."""
 
 
 class Idempotency:
@@ -56,98 +72,189 @@ class Idempotency:
         self._claims = claims
         self._bytes_max = settings.answer_bytes_max
         self.is_on = settings.retention_seconds > 0
-        self._running: dict[ClaimKey, Recording] = {}
+        self._running: dict[Asked, Recording] = {}
+        self._holds: set[Hold] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._renewing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
-    async def find(self, exchange: Exchange, header: bytes, body: bytes) -> Claim | Recording | KeptAnswer:
-        """Return the claim of a first request, the recording to join, or the answer to give again.
+    def __len__(self) -> int:
+        """How many requests others could join."""
+        return len(self._running)
 
-        Waits while another process works on it. Errors: IdempotencyKeyInvalid, IdempotencyKeyReused, AnswerTooLarge,
-        StillRunning, LedgerUnavailable.
+    def running(self, asked: Asked) -> Recording | None:
+        """Return the recording to join, if a request of this process asks for the same."""
+        return self._running.get(asked)
+
+    def begin(self, asked: Asked) -> Claim:
+        """Let all others of this process that ask for the same join this one. Closed once, by `close`."""
+        recording = self._running[asked] = Recording(self._bytes_max)
+        return Claim(asked, recording)
+
+    async def find(self, exchange: Exchange, claim: Claim) -> None:
+        """Make this request the first of all, or record the answer that was kept. Waits while another process works.
+
+        Errors: IdempotencyKeyReused, AnswerTooLarge, StillRunning, LedgerUnavailable.
         """
-        principal = exchange.principal
-        assert principal is not None
-        key = ClaimKey(principal.key_id, _checked(header))
-        digest = hashlib.sha256(exchange.endpoint.path.encode() + b"\n" + body).digest()
         until = self._loop.time() + _WAIT_SECONDS_MAX
         for attempt in itertools.count():
-            running = self._running.get(key)
-            if running is not None:
-                return _same(running, digest)
             try:
-                found = await self._look(exchange, key, digest, attempt)
+                async with asyncio.timeout(_LOOK_SECONDS_MAX):
+                    await self._look(exchange, claim, is_first=attempt == 0)
             except DOWN as error:
                 raise LedgerUnavailable from error
-            if found is not None:
-                return found
+            if claim.hold is not None or claim.recording.is_ended:
+                return
             if self._loop.time() > until:
                 break
             await asyncio.sleep(_POLL_SECONDS[min(attempt, len(_POLL_SECONDS) - 1)])
         raise StillRunning
 
-    async def _look(self, exchange: Exchange, key: ClaimKey, digest: bytes, attempt: int) -> Claim | KeptAnswer | None:
-        """Return a claim or an answer; None when another is working on it."""
-        principal = exchange.principal
-        assert principal is not None
-        if await self._claims.claim(key, digest, exchange.request_id, principal.organization_id):
-            return self._claimed(key, digest)
-        found = await self._claims.find(key)
+    async def _look(self, exchange: Exchange, claim: Claim, *, is_first: bool) -> None:
+        key, digest = claim.asked.key, claim.asked.digest
+        assert exchange.principal is not None
+        organization_id = exchange.principal.organization_id
+        # Most keys are new: nobody is asked for what may be there before it is tried.
+        found = None if is_first else await self._unbroken(self._claims.find(key))
         if found is None:
-            return None
+            claim.hold = await self._taken(self._claims.claim(key, digest, exchange.request_id, organization_id))
+            if claim.hold is not None:
+                return
+            found = await self._unbroken(self._claims.find(key))
+        if found is None:
+            return
         if found.digest != digest:
             raise IdempotencyKeyReused
         if found.state == "too_large":
             raise AnswerTooLarge
         if found.state == "done":
-            return KeptAnswer(found.status, found.content_type.encode(), found.body)
-        # A claim of this very process that nobody here works on could not be completed: PostgreSQL was down.
-        is_forgotten = found.gateway_id == self._claims.gateway_id and attempt > 0 and key not in self._running
-        if (found.is_abandoned or is_forgotten) and await self._claims.take_over(key, found.gateway_id):
-            # The ledger knows the first attempt, or soon will, by this id: it is billed once.
-            exchange.request_id = found.request_id
-            return self._claimed(key, digest)
-        return None
+            kept = found.answer
+            claim.recording.request_id = kept.request_id
+            claim.recording.fill(kept.status, kept.head, kept.body)
+        elif self._is_free(found):
+            claim.hold = await self._taken(self._claims.take_over(key, found, exchange.request_id))
 
-    def _claimed(self, key: ClaimKey, digest: bytes) -> Claim:
-        recording = self._running[key] = Recording(digest, self._bytes_max)
-        return Claim(key, recording)
+    def _is_free(self, found: FoundClaim) -> bool:
+        # Of our own claims all that somebody works on are in `_running`, and were joined: this one could not be given
+        # up, or is about to be.
+        return found.is_abandoned or found.gateway_id == self._claims.gateway_id
 
     async def complete(self, claim: Claim) -> None:
-        """Keep what was recorded, before the caller has it all: whoever has an answer can have it again.
+        """Keep what was recorded, before anybody has it all: whoever has an answer can have it again.
 
-        PostgreSQL down: logged; others get it only while this process remembers that somebody works on it.
+        PostgreSQL down: after two seconds the caller waits no longer. It is kept when PostgreSQL is back; until then
+        this process gives it to those who ask.
         """
-        recording = claim.recording
-        state = "too_large" if recording.is_too_large else "done"
-        body = None if recording.is_too_large else recording.body
+        recording, hold = claim.recording, claim.hold
+        assert hold is not None
+        claim.is_kept = True
+        answer = KeptAnswer(hold.request_id, recording.status, recording.head, recording.body)
+        writing = self._later(self._keep(claim, hold, answer))
+        await asyncio.wait({writing}, timeout=_COMPLETE_SECONDS_MAX)
+
+    async def _keep(self, claim: Claim, hold: Hold, answer: KeptAnswer) -> None:
+        state = "too_large" if claim.recording.is_too_large else "done"
         try:
-            async with asyncio.timeout(_COMPLETE_SECONDS_MAX):
-                await self._claims.complete(
-                    claim.key, state, recording.status, recording.content_type.decode("latin-1"), body
-                )
+            for attempt in itertools.count():
+                try:
+                    await self._claims.complete(hold, state, answer)
+                except DOWN as error:
+                    if not attempt:
+                        _log.warning("idempotency.answer_not_kept_yet", error=type(error).__name__)
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    return
+        finally:
+            self._forget(claim)
+
+    async def close(self, claim: Claim) -> None:
+        """End a claim: who joined has all there is. Unless the answer is kept, the next request is the first again.
+
+        Nobody waits long for that: what PostgreSQL cannot be told now, the claim's lease tells it.
+        """
+        claim.recording.end(is_void=True)
+        if claim.is_kept:
+            return
+        self._forget(claim)
+        if claim.hold is not None:
+            await asyncio.wait({self._later(self._release(claim.hold))}, timeout=_RELEASE_SECONDS_MAX)
+
+    def _forget(self, claim: Claim) -> None:
+        if self._running.get(claim.asked) is claim.recording:
+            del self._running[claim.asked]
+        if claim.hold is not None:
+            self._holds.discard(claim.hold)
+
+    async def _release(self, hold: Hold) -> None:
+        try:
+            await self._claims.release(hold.key, hold.request_id)
         except DOWN as error:
-            _log.warning("idempotency.answer_not_kept", error=type(error).__name__)
+            _log.warning("idempotency.claim_not_released", error=type(error).__name__)
 
-    async def close(self, claim: Claim, *, is_kept: bool, error: AppError | None) -> None:
-        """End a claim: who joined has all there is. Unless the answer *is_kept*, the next request is the first again."""
-        claim.recording.end(error)
-        self._running.pop(claim.key, None)
-        if not is_kept:
+    async def _taken(self, taking: Coroutine[Any, Any, Hold | None]) -> Hold | None:
+        """Return the claim that *taking* takes. Who cannot wait for it gives it back as soon as it is there."""
+        task = self._later(taking)
+        try:
+            hold = await asyncio.shield(task)
+        except BaseException:
+            task.add_done_callback(self._give_back)
+            raise
+        if hold is not None:
+            self._holds.add(hold)
+            if self._renewing is None or self._renewing.done():
+                self._renewing = self._later(self._renew())
+        return hold
+
+    def _give_back(self, taking: asyncio.Task[Hold | None]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            hold = taking.result()
+            if hold is not None:
+                self._later(self._release(hold))
+
+    async def _renew(self) -> None:
+        """Renew the leases of all claims of this process, as long as there are any."""
+        while self._holds:
+            await asyncio.sleep(self._claims.lease_seconds / 3)
             try:
-                await self._claims.release(claim.key)
-            except DOWN as failure:
-                _log.warning("idempotency.claim_not_released", error=type(failure).__name__)
+                await self._claims.renew(list(self._holds))
+            except DOWN as error:
+                _log.warning("idempotency.claims_not_renewed", error=type(error).__name__)
+
+    async def _unbroken(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Await *work*, which goes on when the caller leaves: a statement that is broken off costs its connection."""
+        task = self._later(work)
+        try:
+            return await asyncio.shield(task)
+        except BaseException:
+            # Whatever comes of it, nobody waits for it any more.
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
+
+    def _later(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
-def _same(running: Recording, digest: bytes) -> Recording:
-    if running.digest != digest:
-        raise IdempotencyKeyReused
-    return running
-
-
-def _checked(header: bytes) -> str:
-    """Return the key as text. Errors: IdempotencyKeyInvalid."""
+def read(exchange: Exchange, header: bytes, content_type: bytes, body: bytes) -> Asked:
+    """Return what is asked for. Errors: IdempotencyKeyInvalid."""
     text = header.decode("latin-1")
     if not 0 < len(text) <= _KEY_LENGTH_MAX or not text.isascii() or not text.isprintable():
         raise IdempotencyKeyInvalid
-    return text
+    assert exchange.principal is not None
+    key = ClaimKey(exchange.principal.key_id, text)
+    return Asked(key, _digest(exchange.endpoint.path, content_type, body))
+
+
+def _digest(path: str, content_type: bytes, body: bytes) -> bytes:
+    """Return what two requests have in common that ask for the same.
+
+    Clients choose another boundary for a form each time that they send it, also when they try again.
+    """
+    found = hashlib.sha256(path.encode() + b"\n")
+    boundary = _BOUNDARY.match(content_type)
+    for part in body.split(b"--" + boundary[1]) if boundary else (body,):
+        found.update(b"%d\n" % len(part))
+        found.update(part)
+    return found.digest()

@@ -43,6 +43,7 @@ class Run:
         "exchange",
         "interruption",
         "is_gone",
+        "is_guest",
         "phase",
         "recording",
         "renewed_at",
@@ -58,6 +59,8 @@ class Run:
         self.renewed_at = now
         self.is_gone = False
         self.interruption: AppError | None = None
+        self.is_guest = False
+        """Whether the answer is another call's, or may be: nothing is lost when its caller leaves."""
         self.recording: Recording | None = None
         """What others join who ask for the same; set for requests with an Idempotency-Key."""
         self._request = request
@@ -75,9 +78,6 @@ class Run:
 
     def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
         """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""
-        if self.recording is not None:
-            self.recording.begin(status, content_type, is_stream=True)
-            self.recording.write(first)
         if not self._request.is_started:
             self._commit(status, content_type, more, first)
         else:
@@ -87,15 +87,25 @@ class Run:
 
     def write(self, data: bytes) -> bool:
         """Send a part of a stream; tell whether to await `drained` before the next one."""
-        if self.recording is not None:
-            self.recording.write(data)
         self._last = data
         self._request.write(data)
         return self._request.is_blocked
 
     async def drained(self) -> None:
-        """Return when the caller has taken most of what was sent, or is gone."""
-        await self._request.drained()
+        """Return when the caller has taken most of what was sent, or is gone, or when others wait for what comes next.
+
+        In that case what the caller does not take piles up, to the bound of what is recorded.
+        """
+        recording = self.recording
+        if recording is None:
+            await self._request.drained()
+        elif not recording.is_awaited:
+            waits = [asyncio.ensure_future(wait) for wait in (self._request.drained(), recording.awaited())]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
 
     def end(self) -> None:
         """End a stream."""
@@ -126,6 +136,9 @@ class Run:
         """
         self._request.abort()
         self.task = None
+        if self.recording is not None:
+            self.recording.when_deserted = None
+            self.recording = None
 
     def interrupt(self, error: AppError) -> None:
         """End the call from outside: its task is cancelled and answers with *error*."""
@@ -134,12 +147,12 @@ class Run:
             self.task.cancel()
 
     def hang_up(self) -> None:
-        """Note that the caller is gone; under the policy `abort`, end the call, unless others wait for its answer."""
+        """Note that the caller is gone; under the policy `abort`, end the call once nobody else waits for its answer."""
         self.is_gone = True
-        principal = self.exchange.principal
-        if self.recording is not None and self.recording.followers:
-            return
-        if principal is not None and principal.disconnect_policy == "abort":
+        principal, recording = self.exchange.principal, self.recording
+        if recording is not None and recording.followers:
+            recording.when_deserted = self.hang_up
+        elif self.is_guest or (principal is not None and principal.disconnect_policy == "abort"):
             self.interrupt(ClientGone())
 
     def ping(self) -> None:

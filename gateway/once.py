@@ -6,15 +6,17 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from core.errors import AppError
-from gateway.answers import answer_lines
-from gateway.errors import AnswerTooLarge
-from gateway.idempotency import Claim, Idempotency, KeptAnswer
+from gateway.answers import answer_lines, passed_on
+from gateway.idempotency import Claim, Idempotency, read
 from gateway.live import Run
 from gateway.recording import Recording
+from inference.call import Call
 from inference.errors import StreamInterrupted
 from inference.exchange import Exchange
+from inference.wire import parse
 
-_REPLAYED: Final = b"idempotent-replayed: true\r\n"
+# Stripe's names for both.
+_REPLAYED: Final = b"idempotent-replayed: true\r\noriginal-request: %b\r\n"
 Perform = Callable[[Run, bytes, bytes, Claim | None], Awaitable[None]]
 
 
@@ -31,100 +33,124 @@ class Once:
         return self._idempotency.is_on
 
     async def answer(self, run: Run, header: bytes, content_type: bytes, body: bytes) -> None:
-        """Answer a request. Errors: those of `Idempotency.find`, and those of the call itself."""
+        """Answer a request. Errors: IdempotencyKeyInvalid, those of `Idempotency.find`, and those of the call."""
         exchange = run.exchange
         assert exchange.principal is not None
         exchange.principal.require_scope(exchange.endpoint.scope)
-        found = await self._idempotency.find(exchange, header, body)
-        if isinstance(found, Claim):
-            await self._first(run, found, content_type, body)
-            return
-        exchange.outcome = "replayed"
-        run.phase = "running"
-        if isinstance(found, Recording):
-            await _join(run, found)
-        else:
-            await _replay(run, found)
-
-    async def keep(self, claim: Claim, exchange: Exchange) -> None:
-        """Keep an answer that is whole and good, before its caller has all of it."""
-        if _is_good(claim.recording, exchange):
-            await self._idempotency.complete(claim)
-
-    async def _first(self, run: Run, claim: Claim, content_type: bytes, body: bytes) -> None:
-        exchange = run.exchange
-        run.recording = claim.recording
-        error: AppError | None = StreamInterrupted("The request that this one had joined was broken off.")
-        is_kept = False
+        asked = read(exchange, header, content_type, body)
+        exchange.is_stream = _asks_for_events(exchange, content_type, body)
+        run.is_guest = True
+        while (recording := self._idempotency.running(asked)) is not None:
+            if await _join(run, recording):
+                return
+        claim = self._idempotency.begin(asked)
         try:
-            await self._perform(run, content_type, body, claim)
-            error, is_kept = None, _is_good(claim.recording, exchange)
-        except AppError as failure:
-            error = failure
+            await self._idempotency.find(exchange, claim)
+            if claim.hold is not None:
+                await self._answer_first(run, claim, content_type, body)
+        except AppError as error:
+            claim.recording.end(error)
             raise
         finally:
-            await self._idempotency.close(claim, is_kept=is_kept, error=error)
+            await self._idempotency.close(claim)
+        if claim.hold is None:
+            await _pass_on(run, claim.recording)
+
+    async def _answer_first(self, run: Run, claim: Claim, content_type: bytes, body: bytes) -> None:
+        assert claim.hold is not None
+        run.is_guest = False
+        run.exchange.request_id = claim.recording.request_id = claim.hold.request_id
+        run.recording = claim.recording
+        await self._perform(run, content_type, body, claim)
+
+    def begin(self, claim: Claim, call: Call) -> None:
+        """Record how an answer begins."""
+        head = call.content_type + b"\r\n" + passed_on(call.headers)
+        claim.recording.begin(call.status, head.removesuffix(b"\r\n"), is_stream=call.is_stream)
+
+    async def record(self, claim: Claim, exchange: Exchange, data: bytes) -> None:
+        """Record the next part of a stream. With the last event, the answer is kept before anybody gets it."""
+        relay = exchange.relay
+        is_last = relay is not None and relay.is_done and relay.error is None
+        claim.recording.write(data, is_last=is_last)
+        if is_last:
+            await self._end(claim, is_good=True)
+
+    async def keep(self, claim: Claim, exchange: Exchange, answer: bytes = b"") -> None:
+        """Record the end of an answer, and keep the answer if it is whole and good, before its caller has all of it."""
+        claim.recording.write(answer, is_last=True)
+        await self._end(claim, is_good=exchange.outcome == "done")
+
+    async def _end(self, claim: Claim, *, is_good: bool) -> None:
+        recording = claim.recording
+        if recording.is_ended:
+            return
+        try:
+            if is_good and 200 <= recording.status < 300:
+                await self._idempotency.complete(claim)
+        finally:
+            recording.end()
 
 
-def _is_good(recording: Recording, exchange: Exchange) -> bool:
-    return 200 <= recording.status < 300 and exchange.outcome in {"done", "client_gone"}
+def _asks_for_events(exchange: Exchange, content_type: bytes, body: bytes) -> bool:
+    """Tell whether the answer is to be a stream: who waits for it gets comments meanwhile. Errors: BodyInvalid."""
+    endpoint = exchange.endpoint
+    return endpoint.can_stream and b'"stream"' in body and parse(endpoint, content_type, body, 1).is_stream
 
 
-async def _replay(run: Run, kept: KeptAnswer) -> None:
-    if kept.content_type.startswith(b"text/event-stream"):
-        is_blocked = run.begin(kept.status, kept.content_type, _REPLAYED, kept.body)
-        run.end()
-    else:
-        lines = answer_lines(run.exchange, kept.content_type) + _REPLAYED
-        is_blocked = run.whole(kept.status, lines, kept.body)
-    if is_blocked:
-        await run.drained()
+async def _join(run: Run, recording: Recording) -> bool:
+    """Pass on what is being recorded; False if nothing came of it and somebody else must be the first.
 
-
-async def _join(run: Run, recording: Recording) -> None:
-    """Pass on what is being recorded. Errors: what the recorded call ends with; AnswerTooLarge."""
-    recording.followers += 1
+    Errors: what the recorded call ends with; StreamInterrupted when it is broken off; AnswerTooLarge; StillRunning.
+    """
+    recording.join()
     try:
-        while not recording.has_begun:
+        # What is recorded of a stream is passed on as it comes, of a whole answer when it is there.
+        while not (recording.is_ended or recording.is_stream):
             await recording.changed()
-        if recording.is_stream:
-            await _follow(run, recording)
-        else:
-            while not recording.is_ended:
-                await recording.changed()
-            _require_whole(recording)
-            await _replay(run, KeptAnswer(recording.status, recording.content_type, recording.body))
+        if recording.is_void:
+            return False
+        await _pass_on(run, recording)
+        return True
     finally:
-        recording.followers -= 1
+        recording.leave()
 
 
-async def _follow(run: Run, recording: Recording) -> None:
-    """Pass a stream on as it comes: first what has come, then each part."""
-    sent = 0
-    while not recording.parts and not recording.is_ended and not recording.is_too_large:
-        await recording.changed()
-    _require_joinable(recording)
-    is_blocked = run.begin(recording.status, recording.content_type, _REPLAYED, b"".join(recording.parts))
-    sent = len(recording.parts)
-    while not recording.is_ended or sent < len(recording.parts):
+async def _pass_on(run: Run, recording: Recording) -> None:
+    """Give an answer as it was given before: a whole one at once, a stream as it comes."""
+    more = _REPLAYED % recording.request_id.encode()
+    run.phase = "running"
+    if recording.is_stream:
+        run.exchange.is_stream = True
+        await _follow(run, recording, more)
+    else:
+        _require_whole(recording)
+        if run.whole(recording.status, answer_lines(run.exchange, recording.head) + more, recording.body):
+            await run.drained()
+    run.exchange.outcome = "replayed"
+
+
+async def _follow(run: Run, recording: Recording, more: bytes) -> None:
+    data = recording.since(0)
+    sent = len(data)
+    is_blocked = run.begin(recording.status, recording.head, more, data)
+    while True:
         if is_blocked:
             await run.drained()
-        if sent == len(recording.parts):
+        data = recording.since(sent)
+        if not data and recording.is_ended:
+            break
+        if not data:
             await recording.changed()
-        _require_joinable(recording)
-        data = b"".join(recording.parts[sent:])
-        sent = len(recording.parts)
+        sent += len(data)
         is_blocked = run.write(data) if data else False
     _require_whole(recording)
     run.end()
 
 
-def _require_joinable(recording: Recording) -> None:
-    if recording.is_too_large:
-        raise AnswerTooLarge
-
-
 def _require_whole(recording: Recording) -> None:
-    _require_joinable(recording)
+    """Errors: what the recorded call failed with; StreamInterrupted when it was broken off."""
     if recording.error is not None:
-        raise recording.error
+        raise recording.error.with_traceback(None)
+    if recording.is_void:
+        raise StreamInterrupted("The request that this one had joined was broken off.")

@@ -26,6 +26,7 @@ class Recording:
         "_bytes_max",
         "_changed",
         "_held",
+        "_seen",
         "error",
         "followers",
         "head",
@@ -58,12 +59,8 @@ class Recording:
         """Called when the last follower has left."""
         self._bytes_max = bytes_max
         self._held = bytearray()
+        self._seen = 0
         self._changed = asyncio.Event()
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether status and head are known, or the call has ended without."""
-        return self.status != 0 or self.is_ended
 
     @property
     def is_awaited(self) -> bool:
@@ -80,8 +77,8 @@ class Recording:
         self.status, self.head, self.is_stream = status, head, is_stream
         self._tell()
 
-    def write(self, data: bytes) -> None:
-        """Note the next part."""
+    def write(self, data: bytes, *, is_last: bool = False) -> None:
+        """Note the next part. The last one is seen when the recording ends."""
         if self.is_ended:
             return
         self.size += len(data)
@@ -93,7 +90,9 @@ class Recording:
             del self._held[: -self._bytes_max or None]
         else:
             self._held.clear()
-        self._tell()
+        if not is_last:
+            self._seen = self.size
+            self._tell()
 
     def fill(self, status: int, head: bytes, body: bytes) -> None:
         """Note a whole answer, whatever its size: one that was kept."""
@@ -106,6 +105,7 @@ class Recording:
         """Note that nothing comes any more. With *error*, or if it *is_void*, the answer is not whole."""
         if not self.is_ended:
             self.is_ended, self.error, self.is_void = True, error, is_void
+            self._seen = self.size
             self._tell()
 
     def join(self) -> None:
@@ -128,10 +128,10 @@ class Recording:
 
         Errors: AnswerTooLarge when it is not held any more.
         """
-        start = offset - (self.size - len(self._held))
-        if start < 0:
+        first = self.size - len(self._held)
+        if offset < first:
             raise AnswerTooLarge
-        return bytes(self._held[start : start + _PIECE_BYTES])
+        return bytes(self._held[offset - first : min(offset + _PIECE_BYTES, self._seen) - first])
 
     async def changed(self) -> None:
         """Return when there is more to see."""

@@ -79,13 +79,13 @@ async def open_answer(
         if deployment in failed:
             await asyncio.sleep(_PAUSE_SECONDS * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         exchange.attempts = attempt
-        # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
-        exchange.tokens_estimated, exchange.is_estimated = (request.prompt_tokens, 0), True
         exchange.deployment = deployment
         is_first = deployment not in failed
-        call = UpstreamCall(exchange.endpoint, request, deployment)
         try:
-            policy.meter.begin(exchange, deployment, request.prompt_tokens)
+            permit = policy.meter.begin(exchange, deployment, request.prompt_tokens)
+            # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
+            exchange.tokens_estimated, exchange.is_estimated = (request.prompt_tokens, 0), True
+            call = UpstreamCall(exchange.endpoint, request, deployment, permit)
             answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
             # An answer that is not streamed is judged by its status alone.
             first = b"" if answer.status == 200 and not request.is_stream else await _first_bytes(answer, call)
@@ -95,8 +95,8 @@ async def open_answer(
             failed.append(deployment)
         except BaseException as error:
             policy.router.released(deployment)
-            if isinstance(error, AppError):
-                # Refused on our side: no provider has seen it.
+            if isinstance(error, AppError) or not is_permitted(exchange.intent):
+                # Refused on our side, or given up before it was sent: no provider has seen it.
                 exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
             raise
         else:
@@ -106,6 +106,11 @@ async def open_answer(
             break
     assert last is not None
     return _ended(exchange, last), b""
+
+
+def is_permitted(intent: asyncio.Future[None] | None) -> bool:
+    """Tell whether a call could be sent: its intent is durable."""
+    return intent is not None and intent.done() and not intent.cancelled() and intent.exception() is None
 
 
 def _chosen(router: Router, model: Model, failed: list[Deployment]) -> Deployment | None:

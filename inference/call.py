@@ -57,7 +57,7 @@ class Inference:
     async def open(self, exchange: Exchange, content_type: bytes, body: bytes) -> Call:
         """Admit the call and bring it to where its first bytes are known to be good.
 
-        No byte goes to the caller before its intent is durable; that is awaited once the provider has begun to answer.
+        No provider is asked, and so no byte goes to the caller, before the call's intent is durable (decision 0015).
         Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
         BudgetExhausted, QuotaUnverifiable, PriceUnknown, LedgerUnavailable, UpstreamUnreachable, UpstreamTimedOut,
         NoDeploymentAvailable, ParameterUnsupported.
@@ -75,15 +75,6 @@ class Inference:
             answer, first = await open_answer(self._policy, exchange, model, request)
         except UpstreamError as error:
             raise translated(error) from error
-        intent = exchange.intent
-        if intent is not None and not intent.done():
-            try:
-                await intent
-            except BaseException:
-                answer.abort()
-                raise
-        elif intent is not None:
-            intent.result()
         return Call(exchange, request, answer, first, self._meter)
 
     def _read(self, exchange: Exchange, content_type: bytes, body: bytes) -> tuple[ParsedRequest, Model, QuotaPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -54,8 +55,11 @@ class CallMeter:
             dearest = max(dearest, most)
         return Spend(dearest, exchange.started_ms)
 
-    def begin(self, exchange: Exchange, deployment: Deployment, prompt_tokens: int) -> None:
-        """Write down that the call is about to reach *deployment*. Errors: LedgerUnavailable."""
+    def begin(self, exchange: Exchange, deployment: Deployment, prompt_tokens: int) -> asyncio.Future[None]:
+        """Write down that the call is about to reach *deployment*; return what is done once that is durable.
+
+        Errors: LedgerUnavailable, also from the future.
+        """
         exchange.prices = self._find(exchange, deployment)
         reservation = exchange.reservation
         intent = Intent(
@@ -66,6 +70,7 @@ class CallMeter:
             exchange.started_ms,
         )
         exchange.intent = self._ledger.intend(intent)
+        return exchange.intent
 
     def rate(self, exchange: Exchange) -> None:
         """Work out what the call used and costs, as far as that is known by now."""

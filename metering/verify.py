@@ -9,35 +9,39 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from importlib.resources import files
-from typing import Any, Final, cast
+from typing import Any, Final, Literal
 
 import msgspec
-from sqlalchemy import bindparam, text
-from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import Database
-from metering.rating import PriceTerms, rate
-from metering.usage import UNIT_NAMES, Units
+from metering.plain_sql import fetch
+from metering.prices import Price, get_prices_by_id
+from metering.rating import rate
+from metering.usage import NO_UNITS, UNIT_NAMES, Units
+from metering.worker import MINUTES_KEPT
 
-_WINDOWS: Final = text(files("metering").joinpath("verify_windows.sql").read_text())
-_BUDGETS: Final = text(files("metering").joinpath("verify_budgets.sql").read_text())
-_INTENTS: Final = text(files("metering").joinpath("verify_intents.sql").read_text()).bindparams(
-    bindparam("overdue", type_=INTERVAL)
-)
-_RATED: Final = text(files("metering").joinpath("verify_rated.sql").read_text())
-_PRICES: Final = text("SELECT id, terms::text FROM prices WHERE id = ANY(:ids)")
+_WINDOWS: Final = files("metering").joinpath("verify_windows.sql").read_text()
+_BUDGETS: Final = files("metering").joinpath("verify_budgets.sql").read_text()
+_INTENTS: Final = files("metering").joinpath("verify_intents.sql").read_text()
+_RATED: Final = files("metering").joinpath("verify_rated.sql").read_text()
+_COUNTS: Final = """
+SELECT (SELECT count(*) FROM ledger_entries), (SELECT count(*) FROM spend_windows),
+  (SELECT count(*) FROM budget_periods), (SELECT count(*) FROM usage_intents)
+"""
 _PAGE_ROWS: Final = 5_000
-_ROWS_SHOWN_MAX: Final = 1_000
+_NAMED_MAX: Final = 1_000
+# Younger than what a worker forgets, whenever it does: these must all be there.
+_MINUTES_CHECKED: Final = MINUTES_KEPT - timedelta(days=1)
 # A lost call is an entry within a minute of its gateway's death, if a worker runs.
 _OVERDUE: Final = timedelta(minutes=2)
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """Two numbers that ought to be the same."""
+    """Two things that ought to be the same."""
 
-    what: str
-    """window | budget | intent | rating"""
+    what: Literal["window", "budget", "intent", "rating"]
     where: str
     expected: str
     found: str
@@ -49,103 +53,112 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     entries: int
     windows: int
     budgets: int
+    """Periods of budgets."""
     intents: int
     rated: int
+    """Entries that were rated once more."""
     drifts: list[Drift]
 
 
-async def verify(database: Database, *, rerate: bool = True) -> Verification:
-    """Compare everything with everything. Errors: those of `core.database.DOWN`."""
+async def verify(database: Database, *, rerate: bool = True, overdue: timedelta = _OVERDUE) -> Verification:
+    """Compare everything with everything; without *rerate* all but what rating can say.
+
+    An intent is *overdue* when its call has not been heard of for so long. Errors: those of `core.database.DOWN`.
+    """
     async with database.transaction() as session:
         await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-        drifts = [_window_drift(row) for row in await _rows(session, _WINDOWS)]
-        drifts += [_budget_drift(row) for row in await _rows(session, _BUDGETS)]
-        drifts += [_intent_drift(row) for row in await _rows(session, _INTENTS, overdue=_OVERDUE)]
-        rated = 0
-        if rerate:
-            async for drift in _misrated(session):
-                rated += 1
-                if drift is not None and len(drifts) < 4 * _ROWS_SHOWN_MAX:
-                    drifts.append(drift)
-        return Verification(
-            entries=await _count(session, "SELECT count(*) FROM ledger_entries"),
-            windows=await _count(session, "SELECT count(*) FROM spend_windows"),
-            budgets=await _count(session, "SELECT count(*) FROM budget_periods"),
-            intents=await _count(session, "SELECT count(*) FROM usage_intents"),
-            rated=rated,
-            drifts=drifts,
-        )
-
-
-async def _rows(session: AsyncSession, statement: Any, **values: Any) -> list[Any]:
-    return list((await session.execute(statement, {"rows_max": _ROWS_SHOWN_MAX, **values})).all())
-
-
-async def _count(session: AsyncSession, statement: str) -> int:
-    return cast("int", await session.scalar(text(statement)))
+        [(entries, windows, budgets, intents)] = await fetch(session, _COUNTS)
+        drifts = [_window_drift(row) for row in await fetch(session, _WINDOWS, _NAMED_MAX, _MINUTES_CHECKED)]
+        drifts += [_budget_drift(row) for row in await fetch(session, _BUDGETS, _NAMED_MAX)]
+        drifts += [_intent_drift(row) for row in await fetch(session, _INTENTS, _NAMED_MAX, overdue)]
+        rated, misrated = await _rate_again(session) if rerate else (0, [])
+    return Verification(
+        entries=entries,
+        windows=windows,
+        budgets=budgets,
+        intents=intents,
+        rated=rated,
+        drifts=drifts + misrated,
+    )
 
 
 def _window_drift(row: Any) -> Drift:
+    place = (row.organization_id, row.project_id, row.key_id, row.model, row.operation, row.service_tier)
     return Drift(
         what="window",
-        where=f"{row.organization_id} {row.model} {row.operation} {row.starts_at.isoformat()} +{row.seconds} s",
-        expected=f"{row.expected} (requests, unpriced, cost, charge, units; of the entries)",
-        found=str(row.found),
+        where=f"{' '.join(place)} {row.starts_at.isoformat()} +{row.seconds} s",
+        expected=_numbers(row.expected, "no entries"),
+        found=_numbers(row.found, "no window"),
     )
+
+
+def _numbers(values: list[int] | None, nothing: str) -> str:
+    """Return the numbers of a window by name, without those that are 0."""
+    if values is None:
+        return nothing
+    names = ("requests", "unpriced_requests", "cost_nano_usd", "charge_nano_usd", *UNIT_NAMES)
+    return " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True) if value) or "all 0"
 
 
 def _budget_drift(row: Any) -> Drift:
     return Drift(
         what="budget",
         where=f"{row.budget_id} {row.starts_at.isoformat()}",
-        expected=f"{row.expected} nano-USD (of the windows)",
-        found=str(row.found),
+        expected=f"spent_nano_usd={row.expected}",
+        found=f"spent_nano_usd={row.found}",
     )
 
 
 def _intent_drift(row: Any) -> Drift:
-    return Drift(
-        what="intent",
-        where=row.request_id,
-        expected="no intent beside its entry"
-        if row.is_entered
-        else "an entry: its gateway is dead or has forgotten it",
-        found=f"an intent of {row.gateway_id}, last seen {row.checkpoint_at.isoformat()}",
-    )
+    expected = "no intent beside its entry" if row.is_entered else "an entry: its gateway is dead or has forgotten it"
+    found = f"an intent of {row.gateway_id}, last seen {row.checkpoint_at.isoformat()}"
+    return Drift(what="intent", where=row.request_id, expected=expected, found=found)
 
 
-async def _misrated(session: AsyncSession) -> AsyncIterator[Drift | None]:
-    """Rate every entry once more by the prices that it names; yield None for each that comes out the same.
+async def _rate_again(session: AsyncSession) -> tuple[int, list[Drift]]:
+    """Rate every entry of usage once more by the prices that it names; return how many, and those that differ.
 
-    What is adjusted later is rated as it was entered; adjustments are differences, and are not rated.
+    What was corrected is rated as it was entered; corrections are differences, and are not rated.
     """
-    terms: dict[str, PriceTerms] = {}
+    prices: dict[str, Price] = {}
+    count, drifts = 0, list[Drift]()
+    async for page in _pages(session):
+        named = {name for row in page for name in (row.price_id, row.charge_price_id) if name is not None}
+        prices.update(await get_prices_by_id(session, named - prices.keys()))
+        count += len(page)
+        found = [drift for row in page if (drift := _rating_drift(row, prices)) is not None]
+        drifts += found[: _NAMED_MAX - len(drifts)]
+    return count, drifts
+
+
+async def _pages(session: AsyncSession) -> AsyncIterator[list[Any]]:
     last = ""
-    while True:
-        page = await _rows(session, _RATED, last=last, page_rows=_PAGE_ROWS)
-        wanted = {name for row in page for name in (row.price_id, row.charge_price_id)} - {None} - terms.keys()
-        if wanted:
-            for row in await session.execute(_PRICES, {"ids": list(wanted)}):
-                terms[row[0]] = msgspec.json.decode(row[1], type=PriceTerms)
-        for row in page:
-            yield _rating_drift(row, terms)
-        if len(page) < _PAGE_ROWS:
-            return
+    while page := await fetch(session, _RATED, last, _PAGE_ROWS):
+        yield page
         last = page[-1].request_id
 
 
-def _rating_drift(row: Any, terms: dict[str, PriceTerms]) -> Drift | None:
+def _rating_drift(row: Any, prices: dict[str, Price]) -> Drift | None:
     units = Units(**{name: getattr(row, name) for name in UNIT_NAMES})
-    cost = _rated(units, terms.get(row.price_id or ""), row.service_tier)
-    charge = _rated(units, terms.get(row.charge_price_id or ""), row.service_tier)
+    cost = _rated(units, prices.get(row.price_id or ""), row.service_tier)
+    charge = _rated(units, prices.get(row.charge_price_id or ""), row.service_tier)
     expected = (cost or 0, charge or 0, cost is None or charge is None)
     found = (row.cost_nano_usd, row.charge_nano_usd, row.is_unpriced)
-    if expected == found:
+    # Where nothing was used, that nothing was priced is not told everywhere, and makes no difference.
+    if expected == found or (units == NO_UNITS and expected[:2] == found[:2]):
         return None
-    return Drift(what="rating", where=row.request_id, expected=f"{expected} (cost, charge, unpriced)", found=str(found))
+    return Drift(what="rating", where=row.request_id, expected=_rating(*expected), found=_rating(*found))
 
 
-def _rated(units: Units, terms: PriceTerms | None, service_tier: str) -> int | None:
-    if units == Units():
+def _rating(cost: int, charge: int, is_unpriced: bool) -> str:  # noqa: FBT001 - as the columns of an entry
+    return f"cost_nano_usd={cost} charge_nano_usd={charge} {'unpriced' if is_unpriced else 'priced'}"
+
+
+def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
+    """Return what *units* cost. None: unpriced, or such as nobody can have used."""
+    if units == NO_UNITS:
         return 0
-    return None if terms is None else rate(units, terms, service_tier)
+    try:
+        return None if price is None else rate(units, price.terms, service_tier)
+    except ValueError:
+        return None

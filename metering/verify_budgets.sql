@@ -1,18 +1,21 @@
--- Budgets whose spending is not the sum of the windows of their scope and period.
+-- Budgets whose spending is not the sum of the windows of their scope and period. $1: how many at most
+--
+-- From the period on in which the budget was made: what was charged in it before is counted then, what comes late for an
+-- earlier one is counted alone. (A minute more, since it is made when a lock is had and dated from when it was wanted.)
 
-SELECT p.budget_id, p.starts_at, coalesce(w.charged, 0)::int8 AS expected, p.spent_nano_usd AS found
-FROM budget_periods p
-JOIN budgets b ON b.id = p.budget_id
-LEFT JOIN LATERAL (
-  SELECT sum(charge_nano_usd) AS charged
-  FROM spend_windows w
-  WHERE w.organization_id = b.organization_id
-    AND w.seconds = 3600
-    AND w.starts_at >= p.starts_at
-    AND (b.period = 'total' OR w.starts_at < date_trunc(b.period, p.starts_at, 'UTC') + CASE b.period
-      WHEN 'day' THEN interval '1 day' WHEN 'week' THEN interval '7 days' ELSE interval '1 month' END)
+WITH charged AS (
+  SELECT
+    b.id AS budget_id,
+    CASE b.period WHEN 'total' THEN timestamptz 'epoch' ELSE date_trunc(b.period, w.starts_at, 'UTC') END AS starts_at,
+    sum(w.charge_nano_usd)::int8 AS charged
+  FROM budgets b JOIN spend_windows w ON w.organization_id = b.organization_id AND w.seconds = 3600
     AND b.scope_id = CASE b.scope WHEN 'key' THEN w.key_id WHEN 'project' THEN w.project_id ELSE w.organization_id END
-) AS w ON true
-WHERE p.spent_nano_usd <> coalesce(w.charged, 0)
-ORDER BY p.starts_at, p.budget_id
-LIMIT :rows_max
+  GROUP BY 1, 2
+)
+SELECT
+  budget_id, starts_at, coalesce(c.charged, 0) AS expected, coalesce(p.spent_nano_usd, 0) AS found
+FROM charged c FULL JOIN budget_periods p USING (budget_id, starts_at) JOIN budgets b ON b.id = budget_id
+WHERE coalesce(c.charged, 0) <> coalesce(p.spent_nano_usd, 0)
+  AND (b.period = 'total' OR starts_at >= date_trunc(b.period, b.created_at + interval '1 minute', 'UTC'))
+ORDER BY starts_at, budget_id
+LIMIT $1

@@ -1,4 +1,4 @@
--- Entries of usage behind :last, in order, with all that their rating went by.
+-- Entries of usage behind $1, in order, with all that their rating went by. $2: how many at most
 
 SELECT
   request_id, price_id, charge_price_id, service_tier, cost_nano_usd, charge_nano_usd, is_unpriced,
@@ -6,6 +6,6 @@ SELECT
   input_image_tokens, output_tokens, reasoning_tokens, output_audio_tokens, output_image_tokens, images,
   audio_seconds
 FROM ledger_entries
-WHERE request_id > :last AND kind = 'usage' AND seq = 0
+WHERE request_id > $1 AND kind = 'usage' AND seq = 0
 ORDER BY request_id
-LIMIT :page_rows
+LIMIT $2

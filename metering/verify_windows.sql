@@ -1,11 +1,10 @@
--- Windows that are not the sum of their entries. Only hours and minutes whose entries are all here: those of months that
--- were archived, and minutes that were forgotten, are left out.
+-- Windows that are not the sum of their entries. $1: how many at most    $2: for how long minutes are surely kept
+--
+-- Looked at are hours and minutes whose entries are all here. Left out are archived months, with an hour on either side
+-- (a partition goes by when a call's id was made, a window by when the call began), and minutes that may be forgotten,
+-- whole or but for a correction that came late.
 
-WITH kept AS (
-  SELECT
-    coalesce((SELECT date_trunc('month', min(occurred_at), 'UTC') FROM ledger_entries), 'infinity') AS entries_from,
-    coalesce((SELECT min(starts_at) FROM spend_windows WHERE seconds = 60), 'infinity') AS minutes_from
-), entered AS (
+WITH entered AS (
   SELECT
     organization_id, project_id, key_id, model, operation, service_tier, width.seconds,
     date_bin(make_interval(secs => width.seconds), occurred_at, timestamptz 'epoch') AS starts_at,
@@ -17,6 +16,8 @@ WITH kept AS (
       sum(images), sum(audio_seconds)
     ]::int8[] AS numbers
   FROM ledger_entries CROSS JOIN (VALUES (60), (3600)) AS width (seconds)
+  -- From a whole minute on.
+  WHERE width.seconds = 3600 OR occurred_at >= date_trunc('minute', now() - $2::interval)
   GROUP BY organization_id, project_id, key_id, model, operation, service_tier, width.seconds, 8
 ), summed AS (
   SELECT
@@ -28,14 +29,18 @@ WITH kept AS (
       output_audio_tokens, output_image_tokens, images, audio_seconds
     ]::int8[] AS numbers
   FROM spend_windows
+  WHERE seconds = 3600 OR starts_at >= date_trunc('minute', now() - $2::interval)
 )
 SELECT
-  organization_id, model, operation, seconds, starts_at, entered.numbers AS expected, summed.numbers AS found
+  organization_id, project_id, key_id, model, operation, service_tier, seconds, starts_at,
+  entered.numbers AS expected, summed.numbers AS found
 FROM entered FULL JOIN summed
   USING (organization_id, project_id, key_id, model, operation, service_tier, seconds, starts_at)
-CROSS JOIN kept
 WHERE entered.numbers IS DISTINCT FROM summed.numbers
-  AND starts_at >= kept.entries_from
-  AND (seconds = 3600 OR starts_at >= kept.minutes_from)
-ORDER BY starts_at, organization_id, model, seconds
-LIMIT :rows_max
+  AND NOT EXISTS (
+    SELECT FROM ledger_archives a
+    WHERE starts_at >= a.month - interval '1 hour'
+      AND starts_at < (a.month AT TIME ZONE 'UTC' + interval '1 month' + interval '1 hour') AT TIME ZONE 'UTC'
+  )
+ORDER BY starts_at, organization_id, project_id, key_id, model, operation, service_tier, seconds
+LIMIT $1

@@ -1,6 +1,6 @@
-"""What must be done once for all gateways: lost calls, budgets in Redis, partitions, windows that nobody needs.
+"""What must be done once for all gateways: lost calls, budgets in Redis, partitions, windows that nobody needs, archives.
 
-A store that is down costs a round; the next one does what was left.
+A store that is down costs a round; the next one does what was left. No act stops another.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -18,18 +19,19 @@ from redis.exceptions import RedisError
 from core.clock import Clock
 from core.database import DOWN, Database
 from core.settings import LedgerSettings
-from metering import archive, budgets, partitions
+from metering import budgets, partitions
+from metering.archive import ArchiveUnwritable, archive_old
 from metering.sweeper import sweep
 from metering.writer import Writer
 
+# OpenAI's usage API gives minutes for a day at most; a week lets one look into what happened.
+MINUTES_KEPT: Final = timedelta(days=7)
 # A lost call is in the ledger a lease and one round after its gateway's death: below a minute.
 _SWEEP_SECONDS: Final = 5.0
 _RECONCILE_SECONDS: Final = 5.0
 _HOUSEKEEPING_SECONDS: Final = 3_600.0
 _RETRY_SECONDS: Final = 10.0
 _STATEMENT_SECONDS_MAX: Final = 30.0
-# OpenAI's usage API gives minutes for a day at most; a week lets one look into what happened.
-_MINUTES_KEPT: Final = timedelta(days=7)
 _FORGET_MINUTES: Final = "DELETE FROM spend_windows WHERE seconds = 60 AND starts_at < now() - $1::interval"
 _log = structlog.get_logger(__name__)
 
@@ -58,6 +60,7 @@ class MeteringWorker:
                 group.create_task(_forever("sweep", self.sweep, _SWEEP_SECONDS))
                 group.create_task(_forever("reconcile", self.reconcile, _RECONCILE_SECONDS))
                 group.create_task(_forever("keep_house", self.keep_house, _HOUSEKEEPING_SECONDS))
+                group.create_task(_forever("archive", self.archive, _HOUSEKEEPING_SECONDS))
         finally:
             await self._writer.close()
 
@@ -70,12 +73,23 @@ class MeteringWorker:
         return await budgets.reconcile(self._stores.database, self._stores.redis, self._clock)
 
     async def keep_house(self) -> None:
-        """Make partitions ahead, archive old ones, forget minutes."""
-        now = self._clock.now()
-        await partitions.make_ahead(self._writer.fetch, now)
-        await self._writer.fetch(_FORGET_MINUTES, _MINUTES_KEPT)
-        if self._settings.retention_months:
-            await archive.archive_old(self._writer, now, self._settings.retention_months, self._settings.archive_dir)
+        """Make partitions ahead, forget minutes."""
+        await partitions.make_ahead(self._writer.fetch, self._clock.now())
+        await self._writer.fetch(_FORGET_MINUTES, MINUTES_KEPT)
+
+    async def archive(self) -> list[Path]:
+        """Write months to files and drop them, unless all are kept; return the files.
+
+        What cannot be written is tried again in an hour: a full disk is not emptied by writing to it.
+        """
+        months, directory = self._settings.retention_months, self._settings.archive_dir
+        if not months:
+            return []
+        try:
+            return await archive_old(self._writer, self._clock.now(), months, directory)
+        except ArchiveUnwritable as error:
+            _log.error("ledger.archive_failed", error=str(error))
+            return []
 
 
 async def _forever(name: str, act: Callable[[], Awaitable[Any]], pause_seconds: float) -> None:
@@ -86,4 +100,7 @@ async def _forever(name: str, act: Callable[[], Awaitable[Any]], pause_seconds: 
         except (*DOWN, RedisError) as error:
             pause = min(pause_seconds, _RETRY_SECONDS)
             _log.warning("metering.round_failed", act=name, error=type(error).__name__)
+        except Exception:
+            # Ours to mend; meanwhile the other acts go on, and this one where it can.
+            _log.exception("metering.round_broke", act=name)
         await asyncio.sleep(pause)

@@ -18,12 +18,13 @@ JSON: Final = b"application/json"
 EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 
 
-class UpstreamCall(msgspec.Struct, frozen=True, gc=False):
-    """One call to one deployment."""
+class UpstreamCall(msgspec.Struct, frozen=True):
+    """One call to one deployment. Nothing of it may reach the provider before *permit* is done: it is written down."""
 
     endpoint: Endpoint
     request: ParsedRequest
     deployment: Deployment
+    permit: asyncio.Future[None]
 
 
 class Answer(Protocol):
@@ -56,7 +57,10 @@ class Upstream(Protocol):
     """A kind of provider."""
 
     def open(self, call: UpstreamCall) -> Awaitable[Answer]:
-        """Send the call; return when the answer's head is there. Errors: UpstreamError, ParameterUnsupported."""
+        """Send the call; return when the answer's head is there.
+
+        Errors: UpstreamError, ParameterUnsupported, and what the call's permit fails with.
+        """
         ...
 
     async def close(self) -> None:

@@ -36,6 +36,7 @@ class Demo:
 
     async def open(self, call: UpstreamCall) -> Answer:
         """Return the answer; other endpoints get a clear 400."""
+        await call.permit
         request = call.request.decoded()
         path = call.endpoint.path
         if path == "/embeddings":

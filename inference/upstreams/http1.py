@@ -76,21 +76,27 @@ class Http1Client:
         """Requests sent a second time because the reused connection turned out closed, since the start."""
         return self._counters.requests_retried_stale
 
-    async def send(self, request: UpstreamRequest, deadlines: Deadlines) -> Http1Response:
+    async def send(
+        self, request: UpstreamRequest, deadlines: Deadlines, permit: asyncio.Future[None] | None = None
+    ) -> Http1Response:
         """Send *request* and return when the response head is there; the body may still be arriving.
 
+        Not one byte of it is sent before *permit* is done; a connection that must be made is made meanwhile.
         A request on a reused connection that ends before any byte of the response is sent once more, on a fresh one.
         For a POST that starts paid work this is acceptable: the upstream's close of an idle connection crossed our
         write, so it never read the request. An upstream that had begun to work would answer; one that fails does so
         with a byte of an answer, on a fresh connection, or by silence, and none of these is retried here.
         Cancellation closes the connection.
-        Errors: every `UpstreamError` but IdleTimedOut and BodyTooLarge; ValueError for a request that breaks its lines.
+        Errors: every `UpstreamError` but IdleTimedOut and BodyTooLarge; ValueError for a request that breaks its lines;
+        what *permit* fails with.
         """
-        now = asyncio.get_running_loop().time()
-        total_at = now + deadlines.total_seconds
+        loop = asyncio.get_running_loop()
         pool = self._pools.get(request.origin) or self._open_pool(request.origin)
         head = encode_head(request, pool.target_prefix, pool.fixed_lines)
-        connection = pool.take_idle(now)
+        connection = None if permit is None else await _permitted(permit, pool, deadlines)
+        now = loop.time()
+        total_at = now + deadlines.total_seconds
+        connection = connection or pool.take_idle(now)
         if connection is None:
             connection = await acquire(pool, now + deadlines.connect_seconds, total_at, is_fresh=False)
         is_reused = connection.exchanges_count > 0
@@ -110,7 +116,7 @@ class Http1Client:
                 raise
             self._counters.requests_retried_stale += 1
             is_reused = False
-            connect_at = asyncio.get_running_loop().time() + deadlines.connect_seconds
+            connect_at = loop.time() + deadlines.connect_seconds
             connection = await acquire(pool, connect_at, total_at, is_fresh=True)
 
     async def close(self) -> None:
@@ -126,6 +132,24 @@ class Http1Client:
         route = Route(origin, self._proxies.proxy_for(origin), self._tls if origin.scheme == "https" else None)
         pool = self._pools[origin] = OriginPool(route, self._limits, self._counters)
         return pool
+
+
+async def _permitted(permit: asyncio.Future[None], pool: OriginPool, deadlines: Deadlines) -> Http1Connection | None:
+    """Return when *permit* is done, with a connection if none was idle. Errors: those of *permit* and of `acquire`."""
+    if permit.done():
+        permit.result()
+        return None
+    if pool.has_idle:
+        await permit
+        return None
+    now = asyncio.get_running_loop().time()
+    connection = await acquire(pool, now + deadlines.connect_seconds, now + deadlines.total_seconds, is_fresh=False)
+    try:
+        await permit
+    except BaseException:
+        connection.abort()
+        raise
+    return connection
 
 
 async def acquire(pool: OriginPool, connect_at: float, total_at: float, *, is_fresh: bool) -> Http1Connection:

@@ -42,7 +42,7 @@ class OpenAIHttp:
         upstream = UpstreamRequest(
             target.origin, b"POST", target.paths[call.endpoint.path], headers, request.upstream_body(deployment.model)
         )
-        return self._client.send(upstream, deployment.deadlines)
+        return self._client.send(upstream, deployment.deadlines, call.permit)
 
     async def close(self) -> None:
         """Close every connection."""

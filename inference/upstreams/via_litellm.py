@@ -49,6 +49,7 @@ class ViaLitellm:
         if function is None:
             raise ParameterUnsupported(call.endpoint.path, call.deployment.model)
         arguments = _arguments(litellm, call)
+        await call.permit
         try:
             async with asyncio.timeout(call.deployment.deadlines.first_byte_seconds):
                 response = await getattr(litellm, function)(**arguments)

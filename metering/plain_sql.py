@@ -1,0 +1,13 @@
+"""Statements of metering/*.sql within a session's transaction: as asyncpg has them, with $1, $2 … for arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+
+async def fetch(session: AsyncSession, statement: str, *arguments: Any) -> list[Any]:
+    """Run *statement*; return its rows. Errors: SQLAlchemy's; the transaction is then broken."""
+    connection = await session.connection()
+    return list((await connection.exec_driver_sql(statement, arguments)).all())

@@ -24,7 +24,7 @@ _CLAIM: Final = text("""
 INSERT INTO idempotent_answers AS a
   (key_id, idempotency_key, organization_id, request_digest, request_id, gateway_id, state, expires_at)
 VALUES (:key_id, :idempotency_key, :organization_id, :digest, :request_id, :gateway_id, 'running',
-  now() + :kept + interval '1 day')
+  now() + CAST(:kept AS interval) + interval '1 day')
 ON CONFLICT (key_id, idempotency_key) DO UPDATE SET
   request_digest = excluded.request_digest, request_id = excluded.request_id, gateway_id = excluded.gateway_id,
   state = 'running', status = NULL, content_type = NULL, body = NULL, claimed_at = now(),
@@ -35,15 +35,15 @@ RETURNING request_id
 # A PostgreSQL that has just come up has not heard of anybody for a while: it gives them the time of a lease.
 _FIND: Final = text("""
 SELECT request_digest, request_id, gateway_id, state, status, content_type, body,
-  greatest(claimed_at, pg_postmaster_start_time()) < now() - :lease AS is_abandoned
+  greatest(claimed_at, pg_postmaster_start_time()) < now() - CAST(:lease AS interval) AS is_abandoned
 FROM idempotent_answers
 WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND expires_at >= now()
 """)
 # The ledger knows a lost call, or soon will, by its request id: under the same one both are billed once. What was
 # entered as it was, or given up by this very gateway, is a call of its own: the next one needs another id.
 _TAKE_OVER: Final = text("""
-UPDATE idempotent_answers AS a SET gateway_id = :gateway_id, claimed_at = now(), request_id = CASE
-  WHEN a.gateway_id = :gateway_id OR EXISTS (
+UPDATE idempotent_answers AS a SET gateway_id = CAST(:gateway_id AS text), claimed_at = now(), request_id = CASE
+  WHEN gateway_id = CAST(:gateway_id AS text) OR EXISTS (
     SELECT 1 FROM ledger_entries e WHERE e.request_id = a.request_id AND e.outcome <> :lost
   ) THEN :request_id ELSE a.request_id END
 WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
@@ -59,7 +59,8 @@ WHERE a.key_id = h.key_id AND a.idempotency_key = h.idempotency_key AND a.reques
 """)
 _COMPLETE: Final = text("""
 UPDATE idempotent_answers
-SET state = :state, status = :status, content_type = :content_type, body = :body, expires_at = now() + :kept
+SET state = :state, status = :status, content_type = :content_type, body = :body,
+  expires_at = now() + CAST(:kept AS interval)
 WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
   AND gateway_id = :gateway_id AND request_id = :request_id
 """)

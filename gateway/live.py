@@ -147,7 +147,7 @@ class Run:
             self.task.cancel()
 
     def hang_up(self) -> None:
-        """Note that the caller is gone; under the policy `abort`, end the call once nobody else waits for its answer."""
+        """Note that the caller is gone; under the policy `abort`, end the call if nobody else wants its answer."""
         self.is_gone = True
         principal, recording = self.exchange.principal, self.recording
         if recording is not None and recording.followers:

@@ -5,7 +5,7 @@
 -- by its place, n. The order of the arrays is that of `metering/entries.py`; they come as text, which a gateway writes at
 -- a fraction of what binary arrays cost it.
 --
--- Rows of windows and budgets are taken in one order, so that two gateways wait for each other and do not deadlock.
+-- Rows are taken in one order everywhere, so that two who settle the same wait for each other and do not deadlock.
 
 WITH shared AS (
   SELECT * FROM json_to_recordset($12::text::json) AS s (
@@ -16,7 +16,7 @@ WITH shared AS (
     input_image_tokens int4, output_audio_tokens int4, output_image_tokens int4, images int4, audio_seconds int4
   )
 ), settled AS (
-  DELETE FROM usage_intents i USING unnest($1::text::text[]) AS d (request_id) WHERE i.request_id = d.request_id
+  DELETE FROM usage_intents WHERE request_id = ANY (ARRAY(SELECT unnest($1::text::text[])))
 ), entered AS (
   INSERT INTO ledger_entries (
     request_id, duration_ms, first_byte_ms, cost_nano_usd, charge_nano_usd, input_tokens, cached_input_tokens,
@@ -40,6 +40,7 @@ WITH shared AS (
     request_id, n, started_ms, duration_ms, first_byte_ms, cost_nano_usd, charge_nano_usd, input_tokens,
     cached_input_tokens, output_tokens, reasoning_tokens
   ) JOIN shared USING (n)
+  ORDER BY request_id
   ON CONFLICT (request_id, kind, seq) DO NOTHING
   RETURNING *
 ), summed AS (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Generic, TypeVar, cast
 
 import asyncpg
@@ -27,8 +27,10 @@ _log = structlog.get_logger(__name__)
 class Writer:
     """A connection that is made when it is needed, and made anew after any failure. One statement at a time."""
 
-    def __init__(self, url: str, *, statement_seconds_max: float) -> None:
+    def __init__(self, url: str, *, statement_seconds_max: float, planning: Mapping[str, str] | None = None) -> None:
+        """*planning* holds PostgreSQL's settings for the connection."""
         self._url = driver_url(url)
+        self._settings = {"application_name": "aap-ledger", **(planning or {})}
         self._statement_seconds_max = statement_seconds_max
         self._connection: Any = None
         self._turn = asyncio.Lock()
@@ -55,7 +57,9 @@ class Writer:
 
     async def _connected(self) -> Any:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await cast("Any", asyncpg).connect(self._url, timeout=_CONNECT_SECONDS_MAX)
+            self._connection = await cast("Any", asyncpg).connect(
+                self._url, timeout=_CONNECT_SECONDS_MAX, server_settings=self._settings
+            )
         return self._connection
 
     def _drop(self) -> None:

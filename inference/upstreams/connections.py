@@ -63,11 +63,6 @@ class OriginPool:
         """Host and port, for messages."""
         return self._owner.name
 
-    @property
-    def has_idle(self) -> bool:
-        """Whether a connection waits to be used."""
-        return bool(self._idle)
-
     def take_idle(self, now: float) -> Http1Connection | None:
         """Return the connection used last, or None. *now* is on the loop's clock."""
         idle = self._idle

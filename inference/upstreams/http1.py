@@ -23,7 +23,7 @@ import ssl
 import certifi
 
 from inference.upstreams.connections import ConnectionLimits, OriginPool, closed_error
-from inference.upstreams.http1_connection import ConnectionCounters, Http1Connection
+from inference.upstreams.http1_connection import ConnectionCounters, Exchange, Http1Connection
 from inference.upstreams.http1_dial import Route
 from inference.upstreams.http1_errors import (
     ConnectionLost,
@@ -93,19 +93,17 @@ class Http1Client:
         loop = asyncio.get_running_loop()
         pool = self._pools.get(request.origin) or self._open_pool(request.origin)
         head = encode_head(request, pool.target_prefix, pool.fixed_lines)
-        connection = None if permit is None else await _permitted(permit, pool, deadlines)
         now = loop.time()
         total_at = now + deadlines.total_seconds
-        connection = connection or pool.take_idle(now)
+        connection = pool.take_idle(now)
         if connection is None:
             connection = await acquire(pool, now + deadlines.connect_seconds, total_at, is_fresh=False)
         is_reused = connection.exchanges_count > 0
         is_head_only = request.method == b"HEAD"
         self._counters.requests_reused += is_reused
         while True:
-            waiter = connection.start(
-                head, request.body, is_head_only=is_head_only, deadlines=deadlines, total_at=total_at
-            )
+            exchange = Exchange(head, request.body, is_head_only, deadlines, total_at)
+            waiter = connection.start(exchange, permit)
             try:
                 return await waiter
             except ConnectionLost as lost:
@@ -132,24 +130,6 @@ class Http1Client:
         route = Route(origin, self._proxies.proxy_for(origin), self._tls if origin.scheme == "https" else None)
         pool = self._pools[origin] = OriginPool(route, self._limits, self._counters)
         return pool
-
-
-async def _permitted(permit: asyncio.Future[None], pool: OriginPool, deadlines: Deadlines) -> Http1Connection | None:
-    """Return when *permit* is done, with a connection if none was idle. Errors: those of *permit* and of `acquire`."""
-    if permit.done():
-        permit.result()
-        return None
-    if pool.has_idle:
-        await permit
-        return None
-    now = asyncio.get_running_loop().time()
-    connection = await acquire(pool, now + deadlines.connect_seconds, now + deadlines.total_seconds, is_fresh=False)
-    try:
-        await permit
-    except BaseException:
-        connection.abort()
-        raise
-    return connection
 
 
 async def acquire(pool: OriginPool, connect_at: float, total_at: float, *, is_fresh: bool) -> Http1Connection:

@@ -3,7 +3,8 @@
 import asyncio
 import math
 from collections.abc import Callable
-from typing import cast
+from functools import partial
+from typing import NamedTuple, cast
 
 import msgspec
 
@@ -62,6 +63,16 @@ class ConnectionOwner(msgspec.Struct, frozen=True):
     """Called when the connection can take another request."""
     on_gone: Callable[["Http1Connection"], None]
     """Called once, when it can take none any more."""
+
+
+class Exchange(NamedTuple):
+    """A request as bytes, and how long its answer may take. *total_at* is on the loop's clock."""
+
+    head: bytes
+    body: bytes
+    is_head_only: bool
+    deadlines: Deadlines
+    total_at: float
 
 
 class Http1Connection(asyncio.Protocol, ResponseSource):
@@ -127,18 +138,37 @@ class Http1Connection(asyncio.Protocol, ResponseSource):
         self._is_counted = True
         self._owner.counters.connections_open += 1
 
-    def start(
-        self, head: bytes, body: bytes, *, is_head_only: bool, deadlines: Deadlines, total_at: float
-    ) -> asyncio.Future[Http1Response]:
-        """Send a request; the future gets the response when its head is there, or an `UpstreamError`.
+    def start(self, exchange: Exchange, permit: asyncio.Future[None] | None) -> asyncio.Future[Http1Response]:
+        """Send a request once *permit* is done; the future gets the response when its head is there.
 
-        *total_at* is on the loop's clock. Whoever stops waiting calls `withdraw`.
+        It fails with an `UpstreamError`, or with what *permit* fails with. Whoever stops waiting calls `withdraw`.
         """
         waiter: asyncio.Future[Http1Response] = self._loop.create_future()
+        if permit is None or permit.done():
+            self._start_permitted(waiter, exchange, permit)
+        else:
+            # A callback, not a wait: waking the caller's task only to send would cost several times as much.
+            permit.add_done_callback(partial(self._start_permitted, waiter, exchange))
+        return waiter
+
+    def _start_permitted(
+        self, waiter: asyncio.Future[Http1Response], exchange: Exchange, permit: asyncio.Future[None] | None
+    ) -> None:
+        if waiter.done() or (permit is not None and permit.cancelled()):
+            # Nobody waits any more, and nothing was sent.
+            waiter.cancel()
+            self.abort()
+            return
+        refusal = None if permit is None else permit.exception()
         transport = self._transport
+        if refusal is not None:
+            waiter.set_exception(refusal)
+            self.abort()
+            return
         if self._is_closed or transport is None:
             waiter.set_exception(self._lost(response_started=False))
-            return waiter
+            return
+        head, body, is_head_only, deadlines, total_at = exchange
         self._head_waiter = waiter
         self._is_busy = True
         self._deadlines = deadlines
@@ -152,7 +182,6 @@ class Http1Connection(asyncio.Protocol, ResponseSource):
             self._unsent = memoryview(body)
             self._write_more(transport)
         self._set_deadline(self._loop.time() + deadlines.first_byte_seconds)
-        return waiter
 
     def withdraw(self, waiter: asyncio.Future[Http1Response]) -> None:
         """Close the connection if the exchange behind *waiter* still runs on it; the caller was cancelled.

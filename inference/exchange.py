@@ -44,6 +44,7 @@ class Exchange:
         "units",
         "upstream_status",
         "usage",
+        "usage_rated",
     )
 
     def __init__(self, request_id: str, endpoint: Endpoint) -> None:
@@ -71,6 +72,8 @@ class Exchange:
         self.prices: CallPrices | None = None
         self.service_tier = "default"
         self.units: Units | None = None
+        self.usage_rated: OpenAIUsage | None = None
+        """Of which usage `units` and the amounts are."""
         self.cost_nano_usd: int | None = 0
         self.charge_nano_usd: int | None = 0
         self.relay: SseRelay | None = None

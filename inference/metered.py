@@ -76,6 +76,9 @@ class CallMeter:
         """Work out what the call used and costs, as far as that is known by now."""
         usage = exchange.usage
         if usage is not None:
+            if usage is exchange.usage_rated:
+                return
+            exchange.usage_rated = usage
             units = units_of(usage)
         elif exchange.tokens_estimated == (0, 0):
             units = NO_UNITS
@@ -91,8 +94,7 @@ class CallMeter:
 
     def charged(self, exchange: Exchange) -> str:
         """Return what the call is charged, in US dollars; "" if that is not known."""
-        if exchange.units is None:
-            self.rate(exchange)
+        self.rate(exchange)
         charge = exchange.charge_nano_usd
         return "" if charge is None else usd_text(charge)
 

@@ -86,6 +86,7 @@ class Ledger:
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._on_entered: dict[str, Callable[[], None]] = {}
+        self._is_refusing = False
         self.refused_rows = 0
         """Rows that PostgreSQL would not take; their intents stay for the sweeper."""
 
@@ -142,7 +143,7 @@ class Ledger:
         Again for the same call: the later intent replaces the earlier one. Errors: LedgerUnavailable, at once when
         PostgreSQL has been down for two seconds, and from the future for who had to wait that long.
         """
-        if self.undurable_seconds > INTENT_SECONDS_MAX:
+        if self._is_refusing:
             raise LedgerUnavailable
         durable: asyncio.Future[None] = self._loop.create_future()
         self._intents.add(_Waiting(intent, durable, self._loop.time()))
@@ -230,6 +231,7 @@ class Ledger:
         """Tell callers that their intents take too long, whatever PostgreSQL does meanwhile."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
+            self._is_refusing = self.undurable_seconds > INTENT_SECONDS_MAX
             too_old = self._loop.time() - INTENT_SECONDS_MAX
             _fail([one for one in self._intents.items() if one.added_at < too_old])
 

@@ -170,6 +170,7 @@ class Ledger:
         if not wanted:
             # Stays here, and new calls are refused, until PostgreSQL answers.
             await self._intent_writer.fetch("SELECT 1")
+            self._is_refusing = False
             return
         try:
             await self._intent_writer.fetch(INTEND, *intend_arguments(self._gateway_id, list(wanted.values())))
@@ -178,6 +179,7 @@ class Ledger:
             _log.error("ledger.intents_refused", error=str(error), request_ids=list(wanted)[:10])
             _fail(waiting)
             return
+        self._is_refusing = False
         for one in waiting:
             if not one.durable.done():
                 one.durable.set_result(None)

@@ -1,18 +1,26 @@
-"""What a first start does: bring the schema up to date, and make a first organization, project and key."""
+"""What a first start does: bring the schema up to date, import prices, make a first organization, project and key."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import msgspec
-from sqlalchemy import text
+import structlog
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import Database
 from core.migrations import upgrade
 from core.settings import Pepper
 from keys.lifecycle import NewKey, create_key
 from keys.tenants import create_organization, create_project, list_organizations
+from metering.errors import PriceListUnreadable
+from metering.price_import import BUILTIN_PRICES, diff, import_prices
+from metering.price_list import installed_price_list, read_price_list
+from metering.rating import PriceTerms
+from metering.tables import PriceRow
 
+_log = structlog.get_logger(__name__)
 _LOCK: Final = 0x66697273
 
 
@@ -37,6 +45,7 @@ async def prepare(database_url: str, pepper: Pepper, *, makes_tenant: bool = Tru
         async with database.transaction() as session:
             # Several machines may start on one empty database at once.
             await session.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            await _first_prices(session)
             if not makes_tenant or await list_organizations(session):
                 return None
             organization = await create_organization(session, "Default organization")
@@ -51,3 +60,22 @@ async def prepare(database_url: str, pepper: Pepper, *, makes_tenant: bool = Tru
             return FirstKey(issued.secret)
     finally:
         await database.close()
+
+
+async def _first_prices(session: AsyncSession) -> None:
+    """Import what litellm's package lists if there are no prices yet: the first call is priced.
+
+    Only then. Later lists are the operator's to import, who is charged by them.
+    """
+    if await session.scalar(select(PriceRow.id).limit(1)) is not None:
+        return
+    listed: dict[str, PriceTerms] = {}
+    digest = ""
+    try:
+        price_list = read_price_list(installed_price_list())
+        listed, digest = price_list.prices, price_list.digest
+    except PriceListUnreadable as error:
+        _log.warning("first_run.without_price_list", reason=error.message)
+    changes = await diff(session, {**BUILTIN_PRICES, **listed})
+    imported = await import_prices(session, changes, digest)
+    _log.info("first_run.prices_imported", prices=imported)

@@ -16,6 +16,8 @@ PARAMETERS_MAX = 6
 # (file, function) → why it may be larger.
 EXCEPTIONS = {
     ("migrations/versions/0001_tenants_and_keys.py", "upgrade"): "a schema is as long as its tables",
+    ("migrations/versions/0002_ledger.py", "upgrade"): "a schema is as long as its tables",
+    ("gateway/cli/budgets.py", "set_budget"): "one parameter per command line option, as click hands them over",
     ("gateway/cli/keys.py", "create_key"): "one parameter per command line option, as click hands them over",
 }
 

@@ -144,6 +144,7 @@ def upgrade() -> None:
             "service_tier",
             name=op.f("pk_spend_windows"),
         ),
+        postgresql_with={"fillfactor": 50},
     )
     op.create_table(
         "usage_intents",
@@ -164,7 +165,7 @@ def upgrade() -> None:
         sa.Column("started_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("checkpoint_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("request_id", name=op.f("pk_usage_intents")),
-        postgresql_with={"fillfactor": 60},
+        postgresql_with={"fillfactor": 60, "autovacuum_vacuum_scale_factor": 0, "autovacuum_vacuum_threshold": 5000},
     )
     op.create_index("ix_usage_intents_organization_id", "usage_intents", ["organization_id"], unique=False)
     op.create_table(

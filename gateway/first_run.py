@@ -35,7 +35,7 @@ class FirstKey(msgspec.Struct, frozen=True):
 
 
 async def prepare(database_url: str, pepper: Pepper, *, makes_tenant: bool = True) -> FirstKey | None:
-    """Migrate; make the first tenant if there is none. Returns its key, None when there was one already.
+    """Migrate; import prices and make the first tenant, where there are none. Returns the tenant's key, or None.
 
     Without *makes_tenant* nobody is made: where the output is kept as a log, a key must not be printed.
     """

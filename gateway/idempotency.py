@@ -55,14 +55,14 @@ class Claim:
     With a *hold* it is the first of all, and has the right and duty to answer.
     """
 
-    __slots__ = ("asked", "hold", "is_kept", "recording")
+    __slots__ = ("asked", "hold", "is_settled", "recording")
 
     def __init__(self, asked: Asked, recording: Recording) -> None:
         self.asked = asked
         self.recording = recording
         self.hold: Hold | None = None
-        self.is_kept = False
-        """Whether the answer is, or will be, kept."""
+        self.is_settled = False
+        """Whether it was completed or given up: each is done once, and not both."""
 
 
 class Idempotency:
@@ -71,6 +71,7 @@ class Idempotency:
     def __init__(self, claims: Claims, settings: IdempotencySettings) -> None:
         self._claims = claims
         self._bytes_max = settings.answer_bytes_max
+        self._kept_seconds = settings.retention_seconds
         self.is_on = settings.retention_seconds > 0
         self._running: dict[Asked, Recording] = {}
         self._holds: set[Hold] = set()
@@ -78,13 +79,10 @@ class Idempotency:
         self._renewing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
-    def __len__(self) -> int:
-        """How many requests others could join."""
-        return len(self._running)
-
     def running(self, asked: Asked) -> Recording | None:
         """Return the recording to join, if a request of this process asks for the same."""
-        return self._running.get(asked)
+        recording = self._running.get(asked)
+        return None if recording is None or recording.is_void else recording
 
     def begin(self, asked: Asked) -> Claim:
         """Let all others of this process that ask for the same join this one. Closed once, by `close`."""
@@ -147,37 +145,44 @@ class Idempotency:
         """
         recording, hold = claim.recording, claim.hold
         assert hold is not None
-        claim.is_kept = True
+        claim.is_settled = True
         answer = KeptAnswer(hold.request_id, recording.status, recording.head, recording.body)
         writing = self._later(self._keep(claim, hold, answer))
         await asyncio.wait({writing}, timeout=_COMPLETE_SECONDS_MAX)
 
     async def _keep(self, claim: Claim, hold: Hold, answer: KeptAnswer) -> None:
         state = "too_large" if claim.recording.is_too_large else "done"
+        until = self._loop.time() + self._kept_seconds
+        is_told = False
         try:
-            for attempt in itertools.count():
+            while self._loop.time() < until:
                 try:
                     await self._claims.complete(hold, state, answer)
                 except DOWN as error:
-                    if not attempt:
+                    if not is_told:
                         _log.warning("idempotency.answer_not_kept_yet", error=type(error).__name__)
+                    is_told = True
                     await asyncio.sleep(_RETRY_SECONDS)
                 else:
                     return
         finally:
             self._forget(claim)
 
-    async def close(self, claim: Claim) -> None:
-        """End a claim: who joined has all there is. Unless the answer is kept, the next request is the first again.
+    async def give_up(self, claim: Claim) -> None:
+        """Keep nothing: the next request is the first again.
 
-        Nobody waits long for that: what PostgreSQL cannot be told now, the claim's lease tells it.
+        Nobody waits long for that: what PostgreSQL cannot be told now, the end of the claim's lease tells it.
         """
-        claim.recording.end(is_void=True)
-        if claim.is_kept:
-            return
+        claim.is_settled = True
         self._forget(claim)
         if claim.hold is not None:
             await asyncio.wait({self._later(self._release(claim.hold))}, timeout=_RELEASE_SECONDS_MAX)
+
+    async def close(self, claim: Claim) -> None:
+        """End a claim, however its call has ended: who joined has all there is, and nobody waits for more."""
+        claim.recording.end(is_void=True)
+        if not claim.is_settled:
+            await self.give_up(claim)
 
     def _forget(self, claim: Claim) -> None:
         if self._running.get(claim.asked) is claim.recording:

@@ -153,6 +153,8 @@ class Run:
         if recording is not None and recording.followers:
             recording.when_deserted = self.hang_up
         elif self.is_guest or (principal is not None and principal.disconnect_policy == "abort"):
+            if recording is not None:
+                recording.abandon()  # now: nobody is to join in the moment that it takes
             self.interrupt(ClientGone())
 
     def ping(self) -> None:

@@ -77,7 +77,7 @@ class Once:
             await self._end(claim, is_good=True)
 
     async def keep(self, claim: Claim, exchange: Exchange, answer: bytes = b"") -> None:
-        """Record the end of an answer, and keep the answer if it is whole and good, before its caller has all of it."""
+        """Record the end of an answer. Before its caller has all of it, it is kept, or given up if it is not good."""
         claim.recording.write(answer, is_last=True)
         await self._end(claim, is_good=exchange.outcome == "done")
 
@@ -90,6 +90,8 @@ class Once:
                 await self._idempotency.complete(claim)
         finally:
             recording.end()
+        if not claim.is_settled:
+            await self._idempotency.give_up(claim)
 
 
 def _asks_for_events(exchange: Exchange, content_type: bytes, body: bytes) -> bool:

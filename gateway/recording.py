@@ -108,6 +108,11 @@ class Recording:
             self._seen = self.size
             self._tell()
 
+    def abandon(self) -> None:
+        """Note that the call is about to be broken off. One whose last part has come is whole all the same."""
+        if self._seen == self.size:
+            self.end(is_void=True)
+
     def join(self) -> None:
         """Count one more who follows. Errors: AnswerTooLarge; StillRunning when there are too many."""
         if self.is_too_large:

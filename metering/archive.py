@@ -8,16 +8,17 @@ budgets and the usage API go on as before; entries of archived months can no lon
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import hashlib
 import os
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
+import asyncpg
 import structlog
 
 from core.ids import id_range_start, new_id
@@ -81,11 +82,16 @@ async def _archive(writer: Writer, month: datetime, directory: Path) -> Path | N
         rows = await _write(writer, month, part)
         digest = await asyncio.to_thread(_read_back, part, rows)
     except BaseException:
-        part.unlink(missing_ok=True)
+        _remove(part)
         raise
-    # Should this fail, whether it was done is not known: the part stays, and `_finish` looks it up.
-    if not (await writer.fetch(_DROP, partition, archive_id, month, rows, digest))[0][0]:
-        part.unlink()
+    try:
+        is_dropped = (await writer.fetch(_DROP, partition, archive_id, month, rows, digest))[0][0]
+    except asyncpg.PostgresError:
+        # Refused. After any other failure it may have been done: the part stays, and `_finish` looks it up.
+        _remove(part)
+        raise
+    if not is_dropped:
+        _remove(part)
         _log.info("ledger.archive_postponed", partition=partition, rows=rows)
         return None
     with _told(path):
@@ -102,7 +108,7 @@ async def _write(writer: Writer, month: datetime, part: Path) -> int:
     with _told(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         raw = part.open("xb")
-    with raw:
+    try:
         file = gzip.GzipFile("", "wb", _COMPRESSION, raw, mtime=0)
         while page := await writer.fetch(_PAGE, *last, end, _PAGE_ROWS):
             lines = "".join(f"{row[3]}\n" for row in page).encode()
@@ -111,10 +117,23 @@ async def _write(writer: Writer, month: datetime, part: Path) -> int:
             count += len(page)
             last = (page[-1][0], page[-1][1], page[-1][2])
         with _told(part):
-            file.close()
-            raw.flush()
-            await asyncio.to_thread(os.fsync, raw.fileno())
+            await asyncio.to_thread(_sync, file, raw, part.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            raw.close()
     return count
+
+
+def _sync(file: gzip.GzipFile, raw: BinaryIO, directory: Path) -> None:
+    """Bring the file to the disk, and its name with it."""
+    file.close()
+    raw.flush()
+    os.fsync(raw.fileno())
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_back(part: Path, rows: int) -> str:
@@ -129,9 +148,14 @@ def _read_back(part: Path, rows: int) -> str:
     return digest
 
 
+def _remove(part: Path) -> None:
+    with contextlib.suppress(OSError):
+        part.unlink()
+
+
 async def _finish(writer: Writer, directory: Path) -> None:
     """Give files their names whose months were dropped just before a crash; remove what crashes have left besides."""
-    parts = {path.name.split(".")[1]: path for path in directory.glob(f"*.arch_*{_PART}")}
+    parts = await asyncio.to_thread(_parts, directory)
     if not parts:
         return
     recorded = {row[0] for row in await writer.fetch(_RECORDED, list(parts))}
@@ -144,11 +168,16 @@ async def _finish(writer: Writer, directory: Path) -> None:
                 part.unlink()
 
 
+def _parts(directory: Path) -> dict[str, Path]:
+    with _told(directory):
+        return {path.name.split(".")[1]: path for path in directory.glob(f"*.arch_*{_PART}")}
+
+
 def _id_range(month: datetime) -> tuple[str, str]:
     return id_range_start("req", month), id_range_start("req", partitions.month_after(month))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(path: Path) -> Generator[None]:
     """Tell a fault of the disk from one of the database. Errors: ArchiveUnwritable."""
     try:

@@ -25,16 +25,17 @@ from metering.usage import UNIT_NAMES
 Order = Literal["newest first", "oldest first"]
 _ENTRY_ID: Final = re.compile(r"(req_[0-9a-z]{26})_([a-z]{1,12})_(\d{1,5})", re.ASCII)
 _SEQ_MAX: Final = 32_767
-_MONEY: Final = ("cost_nano_usd", "charge_nano_usd", "reported_cost_nano_usd")
-_BEFORE_MONEY: Final = (
+_BEFORE_CHARGE: Final = (
     *("request_id", "kind", "seq", "organization_id", "project_id", "key_id", "secret_id"),
-    *("model", "deployment", "operation", "service_tier"),
+    *("model", "operation", "service_tier"),
     *UNIT_NAMES,
 )
-_AFTER_MONEY: Final = (
-    *("price_id", "charge_price_id", "is_unpriced", "quality", "requests", "status", "outcome"),
+_AFTER_CHARGE: Final = (
+    *("charge_price_id", "is_unpriced", "quality", "requests", "status", "outcome"),
     *("duration_ms", "first_byte_ms", "corrects_kind", "corrects_seq", "occurred_at", "booked_at"),
 )
+_TENANTS: Final = (*_BEFORE_CHARGE, "charge_nano_usd", *_AFTER_CHARGE)
+_OPERATORS: Final = ("deployment", "price_id", "cost_nano_usd", "reported_cost_nano_usd", "note")
 # In the order of the index a page is read, and no more. Left to itself PostgreSQL reads all that is left and sorts it
 # where it takes that for little: for page after page, in a month that has grown since it last counted.
 _IN_ORDER: Final = text(
@@ -43,7 +44,10 @@ _IN_ORDER: Final = text(
 
 
 class LedgerEntry(msgspec.Struct, frozen=True):
-    """An entry as its organization sees it, in the order of the columns above. Money is exact: decimal US dollars."""
+    """An entry as its organization sees it, in the order of the columns above. Money is exact: decimal US dollars.
+
+    What the operator pays, and to whom, is not among it.
+    """
 
     id: str
     request_id: str
@@ -54,7 +58,6 @@ class LedgerEntry(msgspec.Struct, frozen=True):
     api_key_id: str
     secret_id: str
     model: str
-    deployment: str
     operation: str
     service_tier: str
     input_tokens: int
@@ -69,10 +72,7 @@ class LedgerEntry(msgspec.Struct, frozen=True):
     output_image_tokens: int
     images: int
     audio_seconds: int
-    cost_usd: str
     charge_usd: str
-    reported_cost_usd: str | None
-    price_id: str | None
     charge_price_id: str | None
     is_unpriced: bool
     quality: str
@@ -86,6 +86,16 @@ class LedgerEntry(msgspec.Struct, frozen=True):
     occurred_at: datetime
     booked_at: datetime
     object: Literal["organization.ledger_entry"] = "organization.ledger_entry"
+
+
+class OperatorEntry(LedgerEntry, frozen=True, kw_only=True):
+    """An entry as the operator sees it: also what the provider takes, and says that it takes."""
+
+    deployment: str
+    price_id: str | None
+    cost_usd: str
+    reported_cost_usd: str | None
+    note: str | None
 
 
 class EntryFilter(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +124,7 @@ async def read_rows(
     after: str | None,
     count: int,
 ) -> Sequence[Sequence[Any]]:
-    """Return the next *count* entries behind the one whose id is *after*, for `entry_of`.
+    """Return the next *count* entries behind the one whose id is *after*, for `entry_of` or `operator_entry_of`.
 
     Errors: Invalid for what is no such id.
     """
@@ -124,12 +134,27 @@ async def read_rows(
 
 
 def entry_of(row: Sequence[Any]) -> LedgerEntry:
-    """Return the entry that was read as *row*."""
-    money = len(_BEFORE_MONEY)
-    cost, charge, reported = row[money : money + len(_MONEY)]
-    usd = (usd_text(cost), usd_text(charge), None if reported is None else usd_text(reported))
-    fields: tuple[Any, ...] = (f"{row[0]}_{row[1]}_{row[2]}", *row[:money], *usd, *row[money + len(_MONEY) :])
-    return LedgerEntry(*fields)
+    """Return the entry that was read as *row*, for its organization."""
+    return LedgerEntry(*_tenants_fields(row))
+
+
+def operator_entry_of(row: Sequence[Any]) -> OperatorEntry:
+    """Return the entry that was read as *row*, for the operator."""
+    deployment, price_id, cost, reported, note = row[len(_TENANTS) :]
+    return OperatorEntry(
+        *_tenants_fields(row),
+        deployment=deployment,
+        price_id=price_id,
+        cost_usd=usd_text(cost),
+        reported_cost_usd=None if reported is None else usd_text(reported),
+        note=note,
+    )
+
+
+def _tenants_fields(row: Sequence[Any]) -> tuple[Any, ...]:
+    charge = len(_BEFORE_CHARGE)
+    name = f"{row[0]}_{row[1]}_{row[2]}"
+    return (name, *row[:charge], usd_text(row[charge]), *row[charge + 1 : len(_TENANTS)])
 
 
 def _select(
@@ -137,7 +162,7 @@ def _select(
 ) -> Select[*tuple[Any, ...]]:
     row = LedgerEntryRow
     key = (row.request_id, row.kind, row.seq)
-    columns = [getattr(row, name) for name in (*_BEFORE_MONEY, *_MONEY, *_AFTER_MONEY)]
+    columns = [getattr(row, name) for name in (*_TENANTS, *_OPERATORS)]
     conditions = [row.organization_id == organization_id, *_conditions(chosen)]
     if after is not None:
         conditions.append(_behind(_position(after), order))

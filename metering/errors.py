@@ -4,14 +4,17 @@ AppError
 ├── Forbidden
 │   └── PriceUnknown        nobody can tell what the call would cost, and a hard budget holds
 ├── Invalid
+│   ├── AdjustmentInvalid       of nothing, of too much, or without a reason
 │   └── PriceListUnreadable     no file, or none that holds prices
+├── NotFound
+│   └── EntryNotFound           no such call in the ledger, or in a month that was archived
 └── Unavailable
     └── LedgerUnavailable   what is used cannot be written down just now: nothing is served that is not
 """
 
 from __future__ import annotations
 
-from core.errors import Forbidden, Invalid, Unavailable
+from core.errors import Forbidden, Invalid, NotFound, Unavailable
 
 
 class PriceUnknown(Forbidden):
@@ -24,6 +27,21 @@ class PriceUnknown(Forbidden):
             f"The model `{model}` cannot be used under a hard budget: what this request may cost is not known.",
             param="model",
         )
+
+
+class AdjustmentInvalid(Invalid):
+    """A correction or credit cannot be entered as it was asked for."""
+
+    code = "adjustment_invalid"
+
+
+class EntryNotFound(NotFound):
+    """The ledger holds no such call: it never ran, still runs, or its month was archived."""
+
+    code = "ledger_entry_not_found"
+
+    def __init__(self) -> None:
+        super().__init__("There is no entry of such a request: is it still running, or archived?")
 
 
 class PriceListUnreadable(Invalid):

@@ -1,4 +1,5 @@
--- What stands in the ledger for calls ($1) of which a worker made an estimate (outcome $2), corrections included. Each is
+-- What stands in the ledger for calls ($1) of which a worker made an estimate (outcome $2), what their gateways have
+-- corrected included; what an operator adds or takes away (metering/adjustments.py) is apart from what was used. Each is
 -- looked up in its month's primary key.
 
 SELECT
@@ -18,6 +19,6 @@ SELECT
   sum(images)::int8 AS images,
   sum(audio_seconds)::int8 AS audio_seconds
 FROM ledger_entries
-WHERE request_id = ANY($1)
+WHERE request_id = ANY($1) AND (kind = 'usage' OR (kind = 'adjustment' AND seq = 1))
 GROUP BY request_id
 HAVING bool_or(kind = 'usage' AND outcome = $2)

@@ -67,11 +67,14 @@ async def make(run: Run, months: Iterable[datetime]) -> list[str]:
         name = name_of(month)
         if name in present:
             continue
-        # Names and bounds are made of digits and our own alphabet; a statement of this kind takes no parameters.
+        # Names and bounds are made of digits and our own alphabet; a statement of this kind takes no parameters. Made
+        # apart and attached: what is made in its place (PARTITION OF) waits for every reader, and all entries for it.
         first, last = id_range_start("req", month), id_range_start("req", month_after(month))
         await run(
-            f"DO $$BEGIN PERFORM pg_advisory_xact_lock({_LOCK}); CREATE TABLE IF NOT EXISTS {name}"
-            f" PARTITION OF ledger_entries FOR VALUES FROM ('{first}') TO ('{last}'); END$$"
+            f"DO $$BEGIN PERFORM pg_advisory_xact_lock({_LOCK}); IF to_regclass('{name}') IS NULL THEN"
+            f" CREATE TABLE {name} (LIKE ledger_entries INCLUDING ALL);"
+            f" ALTER TABLE ledger_entries ATTACH PARTITION {name} FOR VALUES FROM ('{first}') TO ('{last}');"
+            " END IF; END$$"
         )
         made.append(name)
     return made

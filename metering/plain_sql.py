@@ -10,4 +10,5 @@ from sqlalchemy.ext.asyncio import AsyncSession
 async def fetch(session: AsyncSession, statement: str, *arguments: Any) -> list[Any]:
     """Run *statement*; return its rows. Errors: SQLAlchemy's; the transaction is then broken."""
     connection = await session.connection()
-    return list((await connection.exec_driver_sql(statement, arguments)).all())
+    result = await connection.exec_driver_sql(statement, arguments)
+    return list(result.all()) if result.returns_rows else []

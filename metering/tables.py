@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, Boolean, DateTime, ForeignKey, Index, Integer, SmallInteger, String, Text, func
+from sqlalchemy import BigInteger, Boolean, DateTime, ForeignKey, Index, Integer, SmallInteger, String, Text, func, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -67,9 +67,9 @@ class PriceRow(Table):
     model: Mapped[str] = mapped_column(_NAME)
     organization_id: Mapped[str | None] = mapped_column(_ID, ForeignKey("organizations.id"))
     source: Mapped[str] = mapped_column(String(16))
-    """`manual` or `litellm`."""
+    """`manual`, `litellm`, or `builtin` for the model that comes with the gateway."""
     source_digest: Mapped[str | None] = mapped_column(String(64))
-    """SHA-256 of the file that it was imported from."""
+    """SHA-256 of the file that it was imported from; None for prices that came from no file."""
     terms: Mapped[dict[str, object]] = mapped_column(JSONB)
     effective_from: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
@@ -81,8 +81,15 @@ class UsageIntentRow(Table):
     __tablename__ = "usage_intents"
     __table_args__ = (
         Index("ix_usage_intents_organization_id", "organization_id"),
-        # Room on each page for checkpoints: an update then touches no index.
-        {"postgresql_with": {"fillfactor": 60}},
+        # Room on each page for checkpoints: an update then touches no index. Rows live for seconds, so that the dead ones
+        # are swept up by their number and not by their share.
+        {
+            "postgresql_with": {
+                "fillfactor": 60,
+                "autovacuum_vacuum_scale_factor": 0,
+                "autovacuum_vacuum_threshold": 5000,
+            }
+        },
     )
 
     request_id: Mapped[str] = mapped_column(_ID, primary_key=True)
@@ -163,12 +170,30 @@ class LedgerEntryRow(_EntryUnits, Table):
     occurred_at: Mapped[datetime] = mapped_column(_WHEN)
     """When the call began; of a correction, when the corrected call began. Windows go by this."""
     booked_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
+    note: Mapped[str | None] = mapped_column(
+        Text, server_default=text("nullif(current_setting('aap.entry_note', true), '')")
+    )
+    """Why an operator made it (`metering/adjustments.py`)."""
+
+
+class LedgerArchiveRow(Table):
+    """A file that holds entries of one month, which was dropped for it. *digest* is the file's SHA-256."""
+
+    __tablename__ = "ledger_archives"
+
+    id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    month: Mapped[datetime] = mapped_column(_WHEN)
+    entries: Mapped[int] = mapped_column(BigInteger)
+    digest: Mapped[str] = mapped_column(String(64))
+    archived_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
 
 
 class SpendWindowRow(_WindowUnits, Table):
     """The sum of entries of one minute (kept for days) or one hour (kept for good). Written with the entries."""
 
     __tablename__ = "spend_windows"
+    # The present hour's rows are updated many times a second.
+    __table_args__ = ({"postgresql_with": {"fillfactor": 50}},)
 
     organization_id: Mapped[str] = mapped_column(_ID, primary_key=True)
     seconds: Mapped[int] = mapped_column(Integer, primary_key=True)

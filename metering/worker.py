@@ -1,4 +1,4 @@
-"""What must be done once for all gateways: lost calls, budgets in Redis, partitions, windows that nobody needs, archives.
+"""What must be done once for all gateways: lost calls, budgets in Redis, partitions, archives, windows nobody needs.
 
 A store that is down costs a round; the next one does what was left. No act stops another.
 """
@@ -26,11 +26,6 @@ from metering.writer import Writer
 
 # OpenAI's usage API gives minutes for a day at most; a week lets one look into what happened.
 MINUTES_KEPT: Final = timedelta(days=7)
-# A lost call is in the ledger a lease and one round after its gateway's death: below a minute.
-_SWEEP_SECONDS: Final = 5.0
-_RECONCILE_SECONDS: Final = 5.0
-_HOUSEKEEPING_SECONDS: Final = 3_600.0
-_RETRY_SECONDS: Final = 10.0
 _STATEMENT_SECONDS_MAX: Final = 30.0
 _FORGET_MINUTES: Final = "DELETE FROM spend_windows WHERE seconds = 60 AND starts_at < now() - $1::interval"
 _log = structlog.get_logger(__name__)
@@ -44,23 +39,41 @@ class MeteringStores(msgspec.Struct, frozen=True):
     redis: Redis
 
 
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each act rests between two rounds, and after one for which a store was down."""
+
+    sweep_seconds: float = 5.0
+    """A lost call is in the ledger a lease and one round after its gateway's death: below a minute."""
+    reconcile_seconds: float = 5.0
+    housekeeping_seconds: float = 3_600.0
+    retry_seconds: float = 10.0
+
+
 class MeteringWorker:
     """The metering's recurring work. Any number of workers may run; none needs the others."""
 
-    def __init__(self, stores: MeteringStores, settings: LedgerSettings, clock: Clock) -> None:
+    def __init__(
+        self, stores: MeteringStores, settings: LedgerSettings, clock: Clock, pace: Pace | None = None
+    ) -> None:
         self._stores = stores
         self._settings = settings
         self._clock = clock
+        self._pace = pace or Pace()
         self._writer = Writer(stores.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
 
     async def run(self) -> None:
         """Work until cancelled."""
+        pace = self._pace
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(_forever("sweep", self.sweep, _SWEEP_SECONDS))
-                group.create_task(_forever("reconcile", self.reconcile, _RECONCILE_SECONDS))
-                group.create_task(_forever("keep_house", self.keep_house, _HOUSEKEEPING_SECONDS))
-                group.create_task(_forever("archive", self.archive, _HOUSEKEEPING_SECONDS))
+                for act, pause_seconds, retry_seconds in (
+                    (self.sweep, pace.sweep_seconds, pace.retry_seconds),
+                    (self.reconcile, pace.reconcile_seconds, pace.retry_seconds),
+                    (self.keep_house, pace.housekeeping_seconds, pace.retry_seconds),
+                    # Each try writes a whole month.
+                    (self.archive, pace.housekeeping_seconds, pace.housekeeping_seconds),
+                ):
+                    group.create_task(_forever(act, pause_seconds, retry_seconds))
         finally:
             await self._writer.close()
 
@@ -80,7 +93,7 @@ class MeteringWorker:
     async def archive(self) -> list[Path]:
         """Write months to files and drop them, unless all are kept; return the files.
 
-        What cannot be written is tried again in an hour: a full disk is not emptied by writing to it.
+        A file that cannot be written is told, and nothing dropped for it.
         """
         months, directory = self._settings.retention_months, self._settings.archive_dir
         if not months:
@@ -92,15 +105,21 @@ class MeteringWorker:
             return []
 
 
-async def _forever(name: str, act: Callable[[], Awaitable[Any]], pause_seconds: float) -> None:
+async def _forever(act: Callable[[], Awaitable[Any]], pause_seconds: float, retry_seconds: float) -> None:
+    name = act.__name__
+    task = asyncio.current_task()
+    assert task is not None
     while True:
         pause = pause_seconds
         try:
             await act()
         except (*DOWN, RedisError) as error:
-            pause = min(pause_seconds, _RETRY_SECONDS)
+            pause = min(pause_seconds, retry_seconds)
             _log.warning("metering.round_failed", act=name, error=type(error).__name__)
-        except Exception:
+        except Exception:  # noqa: BLE001 - worker loops outlive a bug, and log it
             # Ours to mend; meanwhile the other acts go on, and this one where it can.
             _log.exception("metering.round_broke", act=name)
+        if task.cancelling():
+            # redis-py sends within asyncio.wait_for, which on Python 3.11 loses a cancellation that comes just then.
+            raise asyncio.CancelledError
         await asyncio.sleep(pause)

@@ -30,7 +30,7 @@ _COMMANDS: Final = {
     "budgets": ("budgets", "Show and set budgets: how much may be charged."),
     "limits": ("limits", "Show and set rate limits."),
     "usage": ("usage", "Show what was used and what it is charged."),
-    "ledger": ("ledger", "Export the ledger."),
+    "ledger": ("ledger", "Export, check and correct the ledger."),
     "prices": ("prices", "Show, set and import prices."),
     "models": ("models", "List the models of the catalog and their deployments."),
     "import": ("models", "Convert another gateway's configuration."),

@@ -8,6 +8,7 @@ import resource
 import ssl
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, cast
 
 import certifi
@@ -23,11 +24,14 @@ from core.settings import Settings
 from gateway.catalog_file import CatalogFile
 from inference.catalog import Catalog
 from inference.upstreams.http1_messages import parse_base_url
+from metering.prices import missing_prices
 
 _FILES_MIN: Final = 4_096
 _SKEW_SECONDS_MAX: Final = 1.0
 _POSTGRESQL_MIN: Final = 150_000
 _CONNECT_SECONDS_MAX: Final = 5.0
+# A price that was missing once and was set since is no trouble any more.
+_UNPRICED_RECENTLY: Final = timedelta(days=7)
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -70,6 +74,8 @@ async def _stores(stores: embedded.Stores) -> list[Finding]:
             await _look("clock (postgresql)", lambda: _postgresql_clock(database)),
             await _look("redis", lambda: _redis(stores.redis_url)),
         ]
+        if any(one.check == "schema" and one.result == "ok" for one in found):
+            found.append(await _look("prices", lambda: _prices(database)))
     finally:
         await database.close()
     return found
@@ -116,6 +122,20 @@ async def _redis(url: str) -> Finding:
     if not info.get("aof_enabled"):
         return Finding("redis", "warning", f"{detail}: appendonly is off, a restart forgets the limits' levels")
     return Finding("redis", "ok", detail)
+
+
+async def _prices(database: Database) -> Finding:
+    async with database.transaction() as session:
+        count = await session.scalar(text("SELECT count(DISTINCT model) FROM prices"))
+        missing = await missing_prices(session)
+    recent = datetime.now(UTC) - _UNPRICED_RECENTLY
+    names = [one.model for one in missing if one.last_hour >= recent]
+    if not count:
+        return Finding("prices", "warning", "there are none, every call is charged 0: run `aap prices import`")
+    if names:
+        shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+        return Finding("prices", "warning", f"used without a price: {shown}; see `aap prices missing`")
+    return Finding("prices", "ok", f"of {count} models")
 
 
 async def _providers(catalog: Catalog) -> list[Finding]:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from gateway.cli.common import fail
 from gateway.cli.stores import Stores, chosen_organization, on_stores
-from metering.entry_export import Format, export
+from metering.entry_export import OPERATORS, Format, export
 from metering.entry_pages import EntryFilter
 
 
@@ -24,7 +24,8 @@ def export_to(output: Path | None, form: Format, org: str | None, first: datetim
         chosen = EntryFilter(start_at=first, end_at=last)
         written = 0
         with _sink(output) as file:
-            async for piece in export(stores.database, chosen, organization_id=organization_id, form=form):
+            pieces = export(stores.database, chosen, organization_id=organization_id, form=form, view=OPERATORS)
+            async for piece in pieces:
                 with _told(output):
                     written += file.write(piece)
         return written

@@ -42,12 +42,12 @@ def read_settings() -> Settings:
         fail("the settings are not valid:\n  " + "\n  ".join(error.problems))
 
 
-def on_stores(act: Callable[[Stores], Awaitable[_T]]) -> _T:
+def on_stores(act: Callable[[Stores], Awaitable[_T]], *, statement_seconds_max: float = 30.0) -> _T:
     """Run *act* on the configured stores; embedded ones are started for it unless they run already."""
     settings = read_settings()
     try:
         with embedded.stores(settings) as stores:
-            return asyncio.run(_connected(settings, stores, act))
+            return asyncio.run(_connected(settings, stores, act, statement_seconds_max))
     except AppError as error:
         fail(error.message)
     except (EmbeddedUnavailable, ConfigurationInvalid) as error:
@@ -56,8 +56,10 @@ def on_stores(act: Callable[[Stores], Awaitable[_T]]) -> _T:
         fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
 
 
-async def _connected(settings: Settings, stores: embedded.Stores, act: Callable[[Stores], Awaitable[_T]]) -> _T:
-    database = Database(stores.database_url, connections_max=1)
+async def _connected(
+    settings: Settings, stores: embedded.Stores, act: Callable[[Stores], Awaitable[_T]], statement_seconds_max: float
+) -> _T:
+    database = Database(stores.database_url, connections_max=1, statement_seconds_max=statement_seconds_max)
     redis = connect(stores.redis_url)
     try:
         if not await is_current(database):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import asyncio
+import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import click
 import msgspec
 import pytest
 from click.testing import CliRunner
+from structlog.testing import capture_logs
 
+from core.settings import Pepper
 from gateway.cli import aap as commands
 from gateway.cli.prices import EACH_OPTIONS, TOKEN_OPTIONS
+from gateway.first_run import prepare
 from metering.rating import Rates
 from tests.gateway import test_cli
 from tests.gateway.test_cli import Cli, Ran
@@ -205,6 +210,81 @@ class TestMissing:
         hour = "2026-03-01T12:00:00Z"
         assert missing == {"model": "mystery", "requests": 4, "first_hour": hour, "last_hour": hour}
         assert "mystery" in (await aap("prices", "missing")).out
+
+
+@pytest.fixture
+async def fresh(aap: Cli) -> str:
+    """A database on which nobody has started yet."""
+    connection = await asyncpg.connect(aap.environ["DATABASE_URL"])
+    await connection.execute("DROP SCHEMA public CASCADE")
+    await connection.execute("CREATE SCHEMA public")
+    await connection.close()
+    return aap.environ["DATABASE_URL"]
+
+
+class TestFirstStart:
+    PEPPER = Pepper(id="test", key=bytes(range(32)))
+
+    async def listed(self, aap: Cli) -> dict[str, str]:
+        return {one["model"]: one["source"] for one in (await aap("prices", "list", "--json")).json()}
+
+    async def test_it_brings_the_installed_list_and_no_later_start_another(self, aap: Cli, fresh: str) -> None:
+        """Guarantee: the first call is priced, and an upgrade, which brings a newer list, changes no price."""
+        assert await prepare(fresh, self.PEPPER) is not None
+        listed = await self.listed(aap)
+        assert len(listed) > 3_000
+        assert (listed["gpt-4o"], listed["demo/demo"]) == ("litellm", "builtin")
+        assert (await aap("prices", "import", "--json")).json()["imported"] == 0
+        connection = await asyncpg.connect(fresh)
+        await connection.execute("ALTER TABLE prices DISABLE TRIGGER USER")
+        await connection.execute("DELETE FROM prices WHERE model <> 'gpt-4o'")
+        await connection.close()
+        assert await prepare(fresh, self.PEPPER) is None
+        assert await self.listed(aap) == {"gpt-4o": "litellm"}
+
+    async def test_several_first_starts_at_once_bring_it_once(self, aap: Cli, fresh: str) -> None:
+        keys = await asyncio.gather(*(prepare(fresh, self.PEPPER) for _ in range(3)))
+        assert sum(key is not None for key in keys) == 1
+        connection = await asyncpg.connect(fresh)
+        twice = "SELECT count(*) FROM (SELECT FROM prices GROUP BY model HAVING count(*) > 1) AS twice"
+        assert await connection.fetchval(twice) == 0
+        await connection.close()
+
+    async def test_without_litellm_the_built_in_model_has_its_price(
+        self, aap: Cli, fresh: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "litellm", None)
+        with capture_logs() as logs:
+            await prepare(fresh, self.PEPPER, makes_tenant=False)
+        assert await self.listed(aap) == {"demo/demo": "builtin"}
+        assert [log["log_level"] for log in logs if "not installed" in str(log)] == ["warning"]
+
+
+class TestDoctor:
+    async def found(self, aap: Cli) -> tuple[str, str]:
+        [found] = [one for one in (await aap("doctor", "--json")).json() if one["check"] == "prices"]
+        return found["result"], found["detail"]
+
+    async def test_it_misses_prices(self, aap: Cli) -> None:
+        result, detail = await self.found(aap)
+        assert (result, "aap prices import" in detail) == ("warning", True)
+        await aap("prices", "set", "m", "--input", "1")
+        assert await self.found(aap) == ("ok", "of 1 models")
+
+    async def test_it_names_models_that_were_lately_used_without_one(self, aap: Cli) -> None:
+        await aap("prices", "set", "m", "--input", "1")
+        connection = await asyncpg.connect(aap.environ["DATABASE_URL"])
+        for model, age in (("mystery", timedelta(hours=3)), ("long ago", timedelta(days=8))):
+            await connection.execute(
+                "INSERT INTO spend_windows (organization_id, seconds, starts_at, project_id, key_id, model, operation,"
+                " service_tier, requests, unpriced_requests, cost_nano_usd, charge_nano_usd)"
+                " VALUES ('org_1', 3600, now() - $2::interval, 'p', 'k', $1, 'chat', 'default', 5, 4, 0, 0)",
+                model,
+                age,
+            )
+        await connection.close()
+        result, detail = await self.found(aap)
+        assert (result, detail) == ("warning", "used without a price: mystery; see `aap prices missing`")
 
 
 def usd(per_million: int) -> dict[str, float]:

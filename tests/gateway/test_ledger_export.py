@@ -17,7 +17,7 @@ from core.database import Database
 from core.money import parse_usd
 from keys.lifecycle import NewKey
 from keys.scopes import ADMIN_SCOPES
-from metering.entry_export import COLUMNS, ROWS_PER_READ, Format, export
+from metering.entry_export import OPERATORS, ROWS_PER_READ, TENANTS, Format, export
 from metering.entry_pages import EntryFilter
 from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway
@@ -75,12 +75,13 @@ def lines_of(got: RawAnswer, form: Format) -> list[dict[str, Any]]:
 
 
 class TestList:
-    async def test_an_entry_tells_all_that_is_known_of_a_call(
+    async def test_an_entry_tells_all_that_concerns_its_organization(
         self, gateway: Gateway, database: Database, admin: Tenant
     ) -> None:
+        """Guarantee: and not what the operator pays for it, to whom, and what he notes."""
         call_id = await enter(
             database, admin, NOON, cost_nano_usd=2_500, charge_nano_usd=12_000_000_001, reported_cost_nano_usd=0,
-            cached_input_tokens=7, price_id="price_1", charge_price_id="price_2", first_byte_ms=3,
+            cached_input_tokens=7, price_id="price_1", charge_price_id="price_2", first_byte_ms=3, note="a note",
         )  # fmt: skip
         [entry] = await listed(gateway, admin)
         booked_at = entry.pop("booked_at")
@@ -88,12 +89,11 @@ class TestList:
         assert entry == {
             "id": f"{call_id}_usage_0", "object": "organization.ledger_entry", "request_id": call_id, "kind": "usage",
             "seq": 0, "organization_id": admin.organization_id, "project_id": "proj_1", "api_key_id": "key_1",
-            "secret_id": "ksec_1", "model": "fake", "deployment": "p0/fake", "operation": "chat",
+            "secret_id": "ksec_1", "model": "fake", "operation": "chat",
             "service_tier": "default", "input_tokens": 0, "cached_input_tokens": 7, "cache_write_tokens": 0,
             "cache_write_1h_tokens": 0, "input_audio_tokens": 0, "input_image_tokens": 0, "output_tokens": 0,
             "reasoning_tokens": 0, "output_audio_tokens": 0, "output_image_tokens": 0, "images": 0, "audio_seconds": 0,
-            "cost_usd": "0.0000025", "charge_usd": "12.000000001", "reported_cost_usd": "0", "price_id": "price_1",
-            "charge_price_id": "price_2", "is_unpriced": False, "quality": "exact", "requests": 1, "status": 200,
+            "charge_usd": "12.000000001", "charge_price_id": "price_2", "is_unpriced": False, "quality": "exact", "requests": 1, "status": 200,
             "outcome": "done", "duration_ms": 10, "first_byte_ms": 3, "corrects_kind": None, "corrects_seq": None,
             "occurred_at": "2026-02-28T12:00:00Z",
         }  # fmt: skip
@@ -191,7 +191,7 @@ class TestExport:
         [from_csv] = lines_of(await ask(gateway, admin.key, EXPORT, **ALWAYS), "csv")
         assert from_json == from_list
         del from_list["object"]
-        assert tuple(from_csv) == tuple(from_list) == COLUMNS
+        assert tuple(from_csv) == tuple(from_list) == TENANTS.columns
         texts = {True: "true", False: "false", None: ""}
         assert from_csv == {
             name: texts[value] if value is None or isinstance(value, bool) else str(value)
@@ -204,7 +204,7 @@ class TestExport:
     ) -> None:
         """Guarantee: names from outside begin no formula; amounts keep their minus."""
         evil = f'{start}HYPERLINK("http://evil.example/")'
-        outside = {"model": evil, "deployment": evil, "service_tier": evil}
+        outside = {"model": evil, "service_tier": evil}
         await enter(database, admin, NOON, **outside, charge_nano_usd=-1_000_000_000)
         [line] = lines_of(await ask(gateway, admin.key, EXPORT, **ALWAYS), "csv")
         assert {name: line[name] for name in outside} == dict.fromkeys(outside, f"'{evil}")
@@ -212,9 +212,22 @@ class TestExport:
         [line] = lines_of(await ask(gateway, admin.key, EXPORT, format="jsonl", **ALWAYS), "jsonl")
         assert {name: line[name] for name in outside} == outside
 
+    async def test_the_operators_file_holds_what_customers_do_not_see(self, database: Database, admin: Tenant) -> None:
+        await enter(
+            database, admin, NOON, deployment="=p0/fake", price_id="price_1", cost_nano_usd=2, note="-x",
+            charge_nano_usd=-1,
+        )  # fmt: skip
+        pieces = export(database, EntryFilter(), organization_id=admin.organization_id, form="csv", view=OPERATORS)
+        [line] = csv.DictReader(io.StringIO(b"".join([piece async for piece in pieces]).decode(), newline=""))
+        more = {"deployment": "'=p0/fake", "price_id": "price_1", "cost_usd": "0.000000002", "note": "'-x"}
+        assert {name: line[name] for name in more} == more
+        assert (line["charge_usd"], line["reported_cost_usd"]) == ("-0.000000001", "")
+        assert tuple(line) == OPERATORS.columns
+        assert set(OPERATORS.columns) - set(TENANTS.columns) == {*more, "reported_cost_usd"}
+
     async def test_a_file_without_entries(self, gateway: Gateway, admin: Tenant) -> None:
         got = await ask(gateway, admin.key, EXPORT, start_time=0)
-        assert got.body.decode() == ",".join(COLUMNS) + "\r\n"
+        assert got.body.decode() == ",".join(TENANTS.columns) + "\r\n"
         assert got.headers["content-type"] == "text/csv; charset=utf-8"
         assert got.headers["content-disposition"].startswith('attachment; filename="ledger_19700101t000000z_')
         got = await ask(gateway, admin.key, EXPORT, start_time=0, format="jsonl")
@@ -323,10 +336,37 @@ class TestStreaming:
         assert len(body) > 3 * EXPORT_MEMORY_MAX
         assert resident_bytes_peak(process) - before < EXPORT_MEMORY_MAX
 
+    async def test_two_at_once_and_the_next_when_one_of_them_has_ended(self, gateway: Gateway, large: Tenant) -> None:
+        """Guarantee: a process that has calls to answer does not write files for everybody at once."""
+        running = [await self.stalled(gateway, large) for _ in range(2)]
+        refused = await ask(gateway, large.key, EXPORT, start_time=0)
+        assert (refused.status, refused.error()["code"]) == (503, "exports_busy")
+        assert refused.headers["retry-after"] == "5"
+        assert (await ask(gateway, large.key, LIST)).status == 200
+        whole = await asyncio.wait_for(running[0].body({}), 60)
+        assert whole.count(b"\n") == LARGE
+        assert (await ask(gateway, large.key, EXPORT, start_time=0, end_time=1)).status == 200
+        for connection in running:
+            connection.reset()
+        await eventually(lambda: self.has_room(gateway, large))
+
+    async def has_room(self, gateway: Gateway, large: Tenant) -> bool:
+        """Whether two more may run: those who have left have given their places back."""
+        query = request(large.key, EXPORT, start_time=0, end_time=1)
+        got = await asyncio.gather(*(call(gateway.port, query) for _ in range(2)))
+        return [one.status for one in got] == [200, 200]
+
     async def test_who_hangs_up_stops_it(self, gateway: Gateway, stores: TestStores, large: Tenant) -> None:
+        """Guarantee: and gives its place back, at whichever moment."""
         broken = gateway.log.count("request.broke")
         for _ in range(3):
             (await self.stalled(gateway, large)).reset()
+            await eventually(lambda: self.has_room(gateway, large))
+        for _ in range(20):
+            connection = await RawConnection.open(gateway.port)
+            await connection.send(request(large.key, EXPORT, format="jsonl", **ALWAYS))
+            connection.reset()
+        await eventually(lambda: self.has_room(gateway, large))
         await eventually(lambda: self.is_quiet(stores), 20)
         assert (await ask(gateway, large.key, LIST)).status == 200
         assert gateway.log.count("request.broke") == broken

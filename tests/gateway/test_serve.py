@@ -73,7 +73,7 @@ async def children(pid: int) -> list[tuple[int, str]]:
 
 
 async def test_from_nothing_to_an_answer_and_again(workdir: Path) -> None:
-    """Guarantee: the printed key works, data survives a restart, and nothing is left running."""
+    """Guarantee: the printed key works, the first call is priced, data survives a restart, nothing is left running."""
     first = await serve(workdir)
     assert first.key is not None
     assert (await call(first.port, post("/v1/chat/completions", first.key, chat("demo")))).status == 200
@@ -81,6 +81,13 @@ async def test_from_nothing_to_an_answer_and_again(workdir: Path) -> None:
     out, _ = await listed.communicate()
     assert [key["name"] for key in msgspec.json.decode(out)] == ["first key"]
     assert await first.stop() == 0
+    verified = await command(workdir, "ledger", "verify", "--json")
+    out, _ = await verified.communicate()
+    assert (msgspec.json.decode(out)["rated"], verified.returncode) == (1, 0)
+    used = await command(workdir, "usage", "--json")
+    out, _ = await used.communicate()
+    [row] = msgspec.json.decode(out)
+    assert (row["requests"], row["unpriced_requests"], row["charge_usd"] > "0") == (1, 0, True)
 
     second = await serve(workdir)
     assert second.key is None

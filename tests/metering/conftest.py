@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import NamedTuple
 
+import asyncpg
 import pytest
 
 from core.clock import SystemClock
 from core.database import Database
-from core.ids import GatewayId, new_id
+from core.ids import GatewayId, id_range_start, new_id
+from core.migrations import upgrade
 from metering import partitions
 from metering.entries import Attribution, Entry, Intent, Result
 from metering.ledger import Ledger
 from metering.usage import Units
 from metering.writer import Writer
-from tests.harness.stores import TestStores
+from tests.harness.stores import TestStores, with_database
 from tests.harness.tenant import Tenant, new_tenant
 
 
@@ -113,3 +117,48 @@ async def ledger(stores: TestStores) -> AsyncIterator[Ledger]:
     await made.start()
     yield made
     await made.close()
+
+
+class OwnBooks(NamedTuple):
+    """The books of an installation that nobody else writes to."""
+
+    url: str
+    database: Database
+    writer: Writer
+    books: Books
+
+
+@pytest.fixture(scope="session")
+async def template(stores: TestStores, worker_id: str) -> AsyncIterator[str]:
+    """The name of a database that holds the schema, and that nobody is connected to."""
+    name = f"template_{worker_id}"
+    connection = await asyncpg.connect(stores.database_url)
+    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    database = Database(with_database(stores.database_url, name), connections_max=1)
+    await upgrade(database)
+    await database.close()
+    yield name
+    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await connection.close()
+
+
+@pytest.fixture
+async def own(stores: TestStores, template: str) -> AsyncIterator[OwnBooks]:
+    name = f"{template}_copy"
+    connection = await asyncpg.connect(stores.database_url)
+    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    url = with_database(stores.database_url, name)
+    database, writer = Database(url), Writer(url, statement_seconds_max=30)
+    await partitions.make_ahead(writer.fetch, SystemClock().now())
+    yield OwnBooks(url, database, writer, Books(writer, await new_tenant(database, stores.pepper)))
+    await writer.close()
+    await database.close()
+    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await connection.close()
+
+
+def request_id_at(moment: datetime) -> str:
+    """A request id that was made at *moment*, unlike any other."""
+    return id_range_start("req", moment) + new_id("req")[-16:]

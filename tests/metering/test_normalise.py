@@ -203,7 +203,20 @@ class TestCredible:
             GeminiUsage(thoughts_token_count=-3),
             GeminiUsage(tool_use_prompt_token_count=10**12),
         ],
-        ids=repr,
+        ids=[
+            "prompt too large",
+            "completion below 0",
+            "input far too large",
+            "output too large",
+            "total beyond its parts",
+            "seconds without end",
+            "audio below 0",
+            "cached too large",
+            "iteration below 0",
+            "gemini prompt too large",
+            "thoughts below 0",
+            "tools far too large",
+        ],
     )
     def test_what_no_model_can_have_used_is_not_believed(self, usage: Usage) -> None:
         assert not is_credible(usage)

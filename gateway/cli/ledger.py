@@ -22,7 +22,7 @@ _yes_option = click.option("--yes", "is_sure", is_flag=True, help="Do not ask.")
 
 def _usd(text: str) -> NanoUsd:
     try:
-        return parse_usd(text.removeprefix("+"))
+        return parse_usd(text.removeprefix("+").removeprefix("$"))
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 

@@ -81,8 +81,8 @@ class UsageIntentRow(Table):
     __tablename__ = "usage_intents"
     __table_args__ = (
         Index("ix_usage_intents_organization_id", "organization_id"),
-        # Room on each page for checkpoints: an update then touches no index. Rows live for seconds; dead ones are swept up
-        # by their number, not by their share.
+        # Room on each page for checkpoints: an update then touches no index. Rows live for seconds; dead ones are swept
+        # up by their number, not by their share.
         {
             "postgresql_with": {
                 "fillfactor": 60,

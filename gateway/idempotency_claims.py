@@ -7,6 +7,7 @@ from every other one of the same key, so that what comes too late changes nothin
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal
@@ -85,8 +86,9 @@ class ClaimKey(msgspec.Struct, frozen=True):
     idempotency_key: str
 
     def named(self, **more: Any) -> dict[str, Any]:
-        """Return the parameters of a statement."""
-        return {"key_id": self.key_id, "idempotency_key": self.idempotency_key, **more}
+        """Return the parameters of a statement. What is kept is a digest: some callers send a secret for a key."""
+        digest = hashlib.sha256(self.idempotency_key.encode()).hexdigest()
+        return {"key_id": self.key_id, "idempotency_key": digest, **more}
 
 
 class Hold(msgspec.Struct, frozen=True):

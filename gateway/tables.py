@@ -21,6 +21,7 @@ class IdempotentAnswerRow(Table):
 
     key_id: Mapped[str] = mapped_column(_ID, primary_key=True)
     idempotency_key: Mapped[str] = mapped_column(Text(collation="C"), primary_key=True)
+    """SHA-256 of what the caller sent, in hexadecimal."""
     organization_id: Mapped[str] = mapped_column(_ID)
     request_digest: Mapped[bytes] = mapped_column(LargeBinary)
     """SHA-256 of route and body."""

@@ -41,7 +41,9 @@ async def standing(
     async with (
         private_redis(directory) as redis,
         private_postgres(directory, redis.url, stores.pepper) as (postgres, own),
-        Gateway(own, directory, config_for(shared_provider.base_url)) as gateway,
+        Gateway(
+            own, directory, config_for(shared_provider.base_url).replace("idle_seconds = 3", "idle_seconds = 30")
+        ) as gateway,
     ):
         yield gateway, postgres, own
     shutil.rmtree(directory, ignore_errors=True)

@@ -20,7 +20,19 @@ from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway, config_for
-from tests.harness.idempotent import CHAT, USED, Books, Gate, ask, connected, is_replayed, keyed, runs, without_comments
+from tests.harness.idempotent import (
+    CHAT,
+    USED,
+    Books,
+    Gate,
+    ask,
+    connected,
+    is_replayed,
+    kept_as,
+    keyed,
+    runs,
+    without_comments,
+)
 from tests.harness.provider import Exchange, FakeProvider, answer, chat_answer, chunk, stream
 from tests.harness.raw import RawConnection, call, chat, post
 from tests.harness.stores import TestStores
@@ -164,7 +176,9 @@ class TestTogether:
         waiting = await connected(gateway, tenant, name, chat(_PRICED, stream=True))
         _, headers = await waiting.head()
         # The claim turns out to be another request's: nothing else ends the wait with an error as surely.
-        await pair.books.rows("UPDATE idempotent_answers SET request_digest = 'x' WHERE idempotency_key = $1", name)
+        await pair.books.rows(
+            "UPDATE idempotent_answers SET request_digest = 'x' WHERE idempotency_key = $1", kept_as(name)
+        )
         rest = without_comments(await waiting.body(headers))
         assert b'"code":"idempotency_key_reused"' in rest
         assert b"[DONE]" not in rest
@@ -547,10 +561,10 @@ class TestKept:
         for kept in (name, name + "-kept"):
             assert (await ask(pair.one, tenant, kept, body)).status == 200
         expire = "UPDATE idempotent_answers SET expires_at = now() - interval '1 s' WHERE idempotency_key = $1"
-        await pair.books.rows(expire, name)
+        await pair.books.rows(expire, kept_as(name))
         assert not is_replayed(await ask(pair.other, tenant, name, chat(_PRICED, text="other")))
         assert is_replayed(await ask(pair.one, tenant, name, chat(_PRICED, text="other")))
-        await pair.books.rows(expire, name)
+        await pair.books.rows(expire, kept_as(name))
         assert await prune(database) >= 1
         assert await pair.books.states(tenant) == ["done"]
         assert is_replayed(await ask(pair.one, tenant, name + "-kept", body))

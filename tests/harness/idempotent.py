@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from typing import Any
 
@@ -152,3 +153,8 @@ class Books:
 
     async def close(self) -> None:
         await self.writer.close()
+
+
+def kept_as(name: str) -> str:
+    """How an Idempotency-Key stands in the database."""
+    return hashlib.sha256(name.encode()).hexdigest()

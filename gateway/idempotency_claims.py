@@ -86,9 +86,13 @@ class ClaimKey(msgspec.Struct, frozen=True):
     idempotency_key: str
 
     def named(self, **more: Any) -> dict[str, Any]:
-        """Return the parameters of a statement. What is kept is a digest: some callers send a secret for a key."""
-        digest = hashlib.sha256(self.idempotency_key.encode()).hexdigest()
-        return {"key_id": self.key_id, "idempotency_key": digest, **more}
+        """Return the parameters of a statement."""
+        return {"key_id": self.key_id, "idempotency_key": self.kept_as, **more}
+
+    @property
+    def kept_as(self) -> str:
+        """How the key stands in the database: as a digest, since some callers send a secret for a key."""
+        return hashlib.sha256(self.idempotency_key.encode()).hexdigest()
 
 
 class Hold(msgspec.Struct, frozen=True):
@@ -161,7 +165,7 @@ class Claims:
         """Say that *holds* are still worked on."""
         parameters = {
             "key_ids": [hold.key.key_id for hold in holds],
-            "idempotency_keys": [hold.key.idempotency_key for hold in holds],
+            "idempotency_keys": [hold.key.kept_as for hold in holds],
             "request_ids": [hold.request_id for hold in holds],
             "gateway_id": self.gateway_id,
         }

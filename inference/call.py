@@ -10,7 +10,7 @@ from inference.attempts import AttemptPolicy, open_answer
 from inference.catalog import Catalog, Model
 from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
 from inference.exchange import Exchange
-from inference.metered import CallMeter, known_tier
+from inference.metered import CallMeter
 from inference.routing import Router
 from inference.tokens import estimate_text_tokens
 from inference.upstreams.base import Answer, Upstream
@@ -28,6 +28,7 @@ from inference.usage import reported_in
 from inference.wire import ParsedRequest, parse
 from keys.limits import QuotaPlan
 from keys.quota import Quota
+from metering.rating import known_tier
 
 # An unstreamed answer is held in memory whole; images and large batches of embeddings stay below this.
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024

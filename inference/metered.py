@@ -23,8 +23,6 @@ from metering.prices import CallPrices, Price, PriceBook
 from metering.rating import rate, worst_case
 from metering.usage import NO_UNITS, Units
 
-# Names that answers may carry (OpenAI's API document, service_tier); all others are rated as `default`.
-_TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast"})
 _COUNT_MAX: Final = 2**31 - 1
 _UNPRICED: Final = CallPrices(cost=None, charge=None)
 
@@ -202,8 +200,3 @@ def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
         # What used nothing costs nothing, whatever it would have cost.
         return None if units != NO_UNITS else 0
     return rate(units, price.terms, service_tier)
-
-
-def known_tier(service_tier: str | None) -> str:
-    """Return the service tier that an answer names, if it is one that we know."""
-    return service_tier if service_tier in _TIERS else "default"

@@ -21,6 +21,9 @@ DEFAULT_TIER: Final = "default"
 BATCH_TIER: Final = "batch"
 # OpenAI's API document: `fast` asks for what the answer then calls `priority`; `auto` leaves the choice to the project.
 _TIER_ALIASES: Final = {"fast": "priority"}
+# Names that answers may carry: those of OpenAI's API document and of litellm's list. What is entered comes from here, and
+# not from a provider's answer: that may hold anything.
+_TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast", "ultrafast", "balanced"})
 _PROVIDER_DECIDES: Final = frozenset({None, "auto"})
 # What has no rate of its own is rated as the next one of these.
 _INSTEAD: Final[Mapping[str, tuple[str, ...]]] = {
@@ -97,6 +100,11 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     may_output_audio: bool = False
     may_output_images: bool = False
     service_tier: str | None = None
+
+
+def known_tier(service_tier: str | None) -> str:
+    """Return the service tier that an answer names, if it is one that a price can have; else the default one."""
+    return service_tier if service_tier in _TIERS else DEFAULT_TIER
 
 
 def rate(units: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd | None:

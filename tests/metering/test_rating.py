@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metering.rating import Ask, PriceTerms, Rates, Step, difference, effective_rates, rate, rate_of, worst_case
+from metering import price_list
+from metering.rating import (
+    Ask,
+    PriceTerms,
+    Rates,
+    Step,
+    difference,
+    effective_rates,
+    known_tier,
+    rate,
+    rate_of,
+    worst_case,
+)
 from metering.usage import NO_UNITS, UNIT_NAMES, Units
 
 TIERS = ("default", "priority", "flex", "batch")
@@ -281,3 +293,9 @@ class TestWorstCase:
         """Guarantee: no more is held back than some usage within the ask does cost, on either side of a bound."""
         ask = Ask(input_tokens_max=prompt, output_tokens_max=9, service_tier="default")
         assert worst_case(STEPPED, ask) == rate(Units(input_tokens=prompt, reasoning_tokens=9), STEPPED, "default")
+
+
+def test_every_tier_that_a_list_can_price_is_rated_as_what_it_is() -> None:
+    """Guarantee: a tier that is imported is never billed at the default one's price."""
+    assert {known_tier(name) for name in price_list._TIERS.values()} == set(price_list._TIERS.values())
+    assert [known_tier(name) for name in (None, "auto", "x\x00", "flex")] == ["default", "default", "default", "flex"]

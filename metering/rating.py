@@ -21,8 +21,8 @@ DEFAULT_TIER: Final = "default"
 BATCH_TIER: Final = "batch"
 # OpenAI's API document: `fast` asks for what the answer then calls `priority`; `auto` leaves the choice to the project.
 _TIER_ALIASES: Final = {"fast": "priority"}
-# Names that answers may carry: those of OpenAI's API document and of litellm's list. What is entered comes from here, and
-# not from a provider's answer: that may hold anything.
+# Names that answers may carry: those of OpenAI's API document and of litellm's list. What is entered comes from here,
+# and not from a provider's answer: that may hold anything.
 _TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast", "ultrafast", "balanced"})
 _PROVIDER_DECIDES: Final = frozenset({None, "auto"})
 # What has no rate of its own is rated as the next one of these.

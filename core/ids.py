@@ -20,33 +20,42 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _ENTROPY_BATCH_BYTES = 4096
-_RANDOM_MASK = ~(0xF << 76 | 0x3 << 62)
-_VERSION_AND_VARIANT = 0x7 << 76 | 0x2 << 62
+_RANDOM_CHARACTERS = 16
+# One random byte, one character. Version 7 stands in the upper bits of the first of the sixteen, the variant in the
+# middle bits of the fourth (RFC 9562, section 5.7).
+_ANY = "".join(_ALPHABET[byte & 31] for byte in range(256)).encode()
+_FIRST = "".join(_ALPHABET[0b01110 | byte & 1] for byte in range(256)).encode()
+_FOURTH = "".join(_ALPHABET[0b01000 | byte & 0b10011] for byte in range(256)).encode()
 
 
 class _Source:
-    """Random bits and the text of the present millisecond, both bought in batches. Dropped in a forked child."""
+    """Random text and that of the present millisecond, both bought in batches. Dropped in a forked child."""
 
-    __slots__ = ("_bytes", "_milliseconds", "_position", "_stamp")
+    __slots__ = ("_milliseconds", "_position", "_stamp", "_text")
 
     def __init__(self) -> None:
         self._drop()
         os.register_at_fork(after_in_child=self._drop)
 
     def _drop(self) -> None:
-        self._bytes = b""
+        self._text = ""
         self._position = 0
         self._milliseconds = 0
         self._stamp = ""
 
-    def take_80_bits(self) -> int:
+    def take(self) -> str:
+        """Return the last sixteen characters: version, variant and 74 random bits."""
         start = self._position
-        if start + 10 > len(self._bytes):
+        if start == len(self._text):
             # One system call for several hundred ids.
-            self._bytes = os.urandom(_ENTROPY_BATCH_BYTES)
+            random = bytearray(os.urandom(_ENTROPY_BATCH_BYTES))
+            text = random.translate(_ANY)
+            text[0::_RANDOM_CHARACTERS] = random[0::_RANDOM_CHARACTERS].translate(_FIRST)
+            text[3::_RANDOM_CHARACTERS] = random[3::_RANDOM_CHARACTERS].translate(_FOURTH)
+            self._text = text.decode()
             start = 0
-        self._position = start + 10
-        return int.from_bytes(self._bytes[start : start + 10], "big")
+        self._position = end = start + _RANDOM_CHARACTERS
+        return self._text[start:end]
 
     def stamp(self) -> str:
         """Return the first ten characters: the 48 bits of time, and nothing else."""
@@ -70,14 +79,7 @@ _source = _Source()
 
 def new_id(prefix: str) -> str:
     """Return a fresh id such as `key_01jd…`: 48 bits of milliseconds, 74 random bits."""
-    # Version 7 and variant 2 sit at fixed places (RFC 9562, section 5.7).
-    bits = _source.take_80_bits() & _RANDOM_MASK | _VERSION_AND_VARIANT
-    pairs = _PAIRS
-    return (
-        f"{prefix}_{_source.stamp()}{pairs[bits >> 70]}{pairs[bits >> 60 & 1023]}{pairs[bits >> 50 & 1023]}"
-        f"{pairs[bits >> 40 & 1023]}{pairs[bits >> 30 & 1023]}{pairs[bits >> 20 & 1023]}"
-        f"{pairs[bits >> 10 & 1023]}{pairs[bits & 1023]}"
-    )
+    return f"{prefix}_{_source.stamp()}{_source.take()}"
 
 
 def id_range_start(prefix: str, moment: datetime) -> str:

@@ -12,10 +12,10 @@ import hashlib
 import ssl
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import hiredis
+import msgspec
 import structlog
 from redis.asyncio.connection import SSLConnection, parse_url
 
@@ -37,6 +37,8 @@ _PASSING_ERRORS: Final = (
     "NOREPLICAS",
     "MISCONF",
 )
+_LENGTHS_KNOWN: Final = 256
+_LENGTHS: Final = [b"$%d\r\n" % length for length in range(_LENGTHS_KNOWN)]
 _log = structlog.get_logger(__name__)
 
 
@@ -67,8 +69,8 @@ class ScriptShape:
         self.script = script
         self.keys = tuple(keys)
         self.fixed = tuple(fixed)
-        self.keys_wire = b"".join(map(bulk, self.keys))
-        self.fixed_wire = b"".join(map(bulk, self.fixed))
+        self.keys_wire = bulks(self.keys)
+        self.fixed_wire = bulks(self.fixed)
         self._heads: dict[tuple[int, int], bytes] = {}
 
     def head(self, key_count: int, argument_count: int, *, by_source: bool = False) -> bytes:
@@ -79,13 +81,13 @@ class ScriptShape:
         keys = key_count + len(self.keys)
         verb = (b"EVAL", self.script.source) if by_source else (b"EVALSHA", self.script.digest)
         parts = 3 + keys + argument_count + len(self.fixed)
-        head = b"*%d\r\n%b" % (parts, b"".join(map(bulk, (*verb, b"%d" % keys))))
+        head = b"*%d\r\n%b" % (parts, bulks((*verb, b"%d" % keys)))
         if not by_source:
             self._heads[key_count, argument_count] = head
         return head
 
 
-class ScriptCall(NamedTuple):
+class ScriptCall(msgspec.Struct, frozen=True):
     """One call of a script."""
 
     shape: ScriptShape
@@ -94,37 +96,26 @@ class ScriptCall(NamedTuple):
 
     def encode(self, *, by_source: bool = False) -> bytes:
         """Return the call as one RESP command."""
-        shape, keys, arguments = self
-        return b"%b%b%b%b%b" % (
-            shape.head(len(keys), len(arguments), by_source=by_source),
-            bulks(keys),
-            shape.keys_wire,
-            bulks(arguments),
-            shape.fixed_wire,
-        )
+        shape, keys, arguments = self.shape, self.keys, self.arguments
+        head = shape.head(len(keys), len(arguments), by_source=by_source)
+        return b"".join((head, bulks(keys), shape.keys_wire, bulks(arguments), shape.fixed_wire))
 
 
-def bulks(parts: tuple[bytes, ...]) -> bytes:
-    """Encode *parts* as RESP bulk strings: one formatting for all of them costs half of one for each."""
-    if len(parts) == 1:
-        return bulk(parts[0])
-    return b"$%d\r\n%b\r\n" * len(parts) % tuple(chain.from_iterable(zip(map(len, parts), parts, strict=True)))
+def bulks(parts: Sequence[bytes]) -> bytes:
+    """Encode *parts* as RESP bulk strings. Joined: a third of what formatting them costs."""
+    pieces: list[bytes] = []
+    for part in parts:
+        length = len(part)
+        pieces += (_LENGTHS[length] if length < _LENGTHS_KNOWN else b"$%d\r\n" % length, part, b"\r\n")
+    return b"".join(pieces)
 
 
-def bulk(part: bytes) -> bytes:
-    """Encode *part* as a RESP bulk string."""
-    return b"$%d\r\n%b\r\n" % (len(part), part)
-
-
-class _Waiting:
+class _Waiting(msgspec.Struct, frozen=True):
     """A command that was sent and not answered yet. *future* is None when nobody waits for the answer."""
 
-    __slots__ = ("call", "deadline", "future")
-
-    def __init__(self, call: ScriptCall | None, future: asyncio.Future[Any] | None, deadline: float) -> None:
-        self.call = call
-        self.future = future
-        self.deadline = deadline
+    call: ScriptCall | None
+    future: asyncio.Future[Any] | None
+    deadline: float
 
 
 class _Wire(asyncio.Protocol):
@@ -349,7 +340,7 @@ class ScriptConnection:
 
     async def _ask(self, wire: _Wire, command: tuple[bytes, ...]) -> None:
         future: asyncio.Future[Any] = self._loop.create_future()
-        encoded = b"*%d\r\n%b" % (len(command), b"".join(map(bulk, command)))
+        encoded = b"*%d\r\n%b" % (len(command), bulks(command))
         wire.send(encoded, _Waiting(None, future, self._loop.time() + 1))
         async with asyncio.timeout(max(0.5, self._deadline_seconds * 2)):
             await future

@@ -123,7 +123,7 @@ class HotRoutes:
         if claim is not None:
             self._once.begin(claim, call)
             await self._once.keep(claim, exchange, answer)
-        lines = answer_lines(exchange, call.content_type) + passed_on(call.headers) + cost_line(call.charged)
+        lines = answer_lines(exchange, call.content_type) + passed_on(call.headers) + cost_line(call.charged())
         if run.whole(call.status, lines, answer):
             await run.drained()
 

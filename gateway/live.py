@@ -74,22 +74,20 @@ class Run:
         else:
             self.exchange.status = status
             request.respond(status, lines, body)
-        return self._request.is_blocked
+        return request.is_blocked
 
     def begin(self, status: int, content_type: bytes, more: bytes, first: bytes) -> bool:
         """Send the head of a stream, unless a keep-alive has sent it already, and its *first* events. As `write`."""
         if not self._request.is_started:
             self._commit(status, content_type, more, first)
         else:
-            self._last = first
-            self._request.write(first)
+            return self.write(first)
         return self._request.is_blocked
 
     def write(self, data: bytes) -> bool:
         """Send a part of a stream; tell whether to await `drained` before the next one."""
         self._last = data
-        self._request.write(data)
-        return self._request.is_blocked
+        return self._request.write(data)
 
     async def drained(self) -> None:
         """Return when the caller has taken most of what was sent, or is gone, or when others wait for what comes next.

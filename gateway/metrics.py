@@ -107,8 +107,8 @@ class CallMetrics:
         self._sample = sample
         self._series: dict[tuple[str, str, str], Series] = {}
 
-    def count(self, exchange: Exchange, duration_seconds: float) -> None:
-        """Count a call that has ended."""
+    def count(self, exchange: Exchange, tokens: tuple[int, int], duration_seconds: float) -> None:
+        """Count a call that has ended; *tokens* went in and out."""
         deployment = exchange.deployment
         key = (exchange.endpoint.operation, deployment.provider.name if deployment else "", exchange.model)
         series = self._series.get(key)
@@ -120,7 +120,7 @@ class CallMetrics:
         if exchange.first_byte_at:
             series.first_token.observe(_FIRST_TOKEN, exchange.first_byte_at - exchange.started_at)
         if deployment is not None:
-            input_tokens, output_tokens = exchange.tokens
+            input_tokens, output_tokens = tokens
             taken, made = series.input_tokens, series.output_tokens
             taken.counts[bisect_left(_TOKENS, input_tokens)] += 1
             taken.total += input_tokens

@@ -14,6 +14,7 @@ from core.log_writer import LogWriter
 from inference.exchange import Exchange
 
 _FLUSH_SECONDS: Final = 0.1
+_DECIMALS: Final = [f"{thousandths:03d}" for thousandths in range(1000)]
 
 
 class RequestLog:
@@ -29,19 +30,21 @@ class RequestLog:
         self._second = 0
         self._stamp = ""
 
-    def write(self, exchange: Exchange, duration_seconds: float) -> None:
-        """Add a call's line to the current batch."""
+    def write(self, exchange: Exchange, tokens: tuple[int, int], duration_seconds: float) -> None:
+        """Add a call's line to the current batch; *tokens* went in and out."""
         if not self._lines:
             self._loop.call_later(_FLUSH_SECONDS, self.flush)
-        principal, deployment = exchange.principal, exchange.deployment
+        principal, deployment, attempts = exchange.principal, exchange.deployment, exchange.attempts
+        caller = _caller(principal.organization_id, principal.project_id, principal.key_id) if principal else ""
+        used = f',"input_tokens":{tokens[0]},"output_tokens":{tokens[1]}' if attempts else ""
+        microseconds = int(duration_seconds * 1_000_000)
         # Put together by hand, a quarter of what an encoder takes: all but the names is of our own making.
         self._lines.append(
             f'{{"timestamp":"{self._timestamp()}","level":"info","event":"call.ended"'
             f',"request_id":"{exchange.request_id}","status":{exchange.status},"outcome":"{exchange.outcome}"'
-            f',"operation":"{exchange.endpoint.operation}","duration_ms":{duration_seconds * 1000:.3f}'
-            f"{_who(principal.organization_id, principal.project_id, principal.key_id) if principal else ''}"
-            f"{_where(exchange.model, deployment.id if deployment else '')}"
-            f"{_tokens(exchange) if exchange.attempts else ''}{_more(exchange)}}}"
+            f',"operation":"{exchange.endpoint.operation}"'
+            f',"duration_ms":{microseconds // 1000}.{_DECIMALS[microseconds % 1000]}'
+            f"{caller}{_where(exchange.model, deployment.id if deployment else '')}{used}{_more(exchange)}}}"
         )
 
     def flush(self) -> None:
@@ -56,11 +59,11 @@ class RequestLog:
         if second != self._second:
             self._second = second
             self._stamp = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._stamp}.{int((now - second) * 1000):03d}Z"
+        return f"{self._stamp}.{_DECIMALS[int((now - second) * 1000)]}Z"
 
 
 @lru_cache(maxsize=4096)
-def _who(organization_id: str, project_id: str, key_id: str) -> str:
+def _caller(organization_id: str, project_id: str, key_id: str) -> str:
     return f',"organization_id":"{organization_id}","project_id":"{project_id}","key_id":"{key_id}"'
 
 
@@ -74,15 +77,11 @@ def _field(name: str, text: str | None) -> str:
     return f',"{name}":{msgspec.json.encode(text).decode()}' if text else ""
 
 
-def _tokens(exchange: Exchange) -> str:
-    input_tokens, output_tokens = exchange.tokens
-    estimated = ',"tokens_estimated":true' if exchange.is_estimated else ""
-    return f',"input_tokens":{input_tokens},"output_tokens":{output_tokens}{estimated}'
-
-
 def _more(exchange: Exchange) -> str:
     """Return what most calls do not have."""
-    more = _field("error_code", exchange.error_code) if exchange.error_code else ""
+    more = ',"tokens_estimated":true' if exchange.is_estimated and exchange.attempts else ""
+    if exchange.error_code:
+        more += _field("error_code", exchange.error_code)
     if exchange.is_stream:
         more += ',"stream":true'
         if exchange.first_byte_at:

@@ -67,6 +67,7 @@ class Runtime:
     ) -> None:
         assert settings.database_url is not None
         self.settings = settings
+        self._logs_requests = settings.log.requests
         self.database = database
         self.scripts = scripts
         self.feed = feed
@@ -108,12 +109,12 @@ class Runtime:
             idempotency=_idempotency(settings, database, feed),
         )
 
-    def _report(self, exchange: Exchange) -> None:
-        """Say that a call has ended."""
+    def _report(self, exchange: Exchange, tokens: tuple[int, int]) -> None:
+        """Say that a call has ended, and how many tokens went in and out."""
         duration_seconds = time.perf_counter() - exchange.started_at
-        self.metrics.count(exchange, duration_seconds)
-        if self.settings.log.requests:
-            self.request_log.write(exchange, duration_seconds)
+        self.metrics.count(exchange, tokens, duration_seconds)
+        if self._logs_requests:
+            self.request_log.write(exchange, tokens, duration_seconds)
 
     def _sample(self) -> tuple[dict[str, float], dict[str, float]]:
         server = self.listener.state if self.listener is not None else None

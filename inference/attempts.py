@@ -21,7 +21,7 @@ from inference.errors import NoDeploymentAvailable, UpstreamUnreachable
 from inference.exchange import Exchange
 from inference.metered import CallMeter
 from inference.routing import Router
-from inference.upstreams.base import JSON, Answer, HeldAnswer, Upstream, UpstreamCall
+from inference.upstreams.base import Answer, HeldAnswer, Upstream, UpstreamCall
 from inference.upstreams.http1_errors import (
     BodyTooLarge,
     ConnectFailed,
@@ -31,7 +31,7 @@ from inference.upstreams.http1_errors import (
     UpstreamError,
 )
 from inference.upstreams.sse import first_payload, has_event
-from inference.wire import ParsedRequest
+from inference.wire import JSON, ParsedRequest
 
 _ATTEMPTS_MAX: Final = 3
 _PAUSE_SECONDS: Final = 0.1

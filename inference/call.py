@@ -47,7 +47,7 @@ class Inference:
         router: Router,
         upstreams: Mapping[str, Upstream],
         meter: CallMeter,
-        on_settled: Callable[[Exchange], None],
+        on_settled: Callable[[Exchange, tuple[int, int]], None],
     ) -> None:
         self._catalog = catalog
         self._quota = quota
@@ -94,28 +94,30 @@ class Inference:
         return request, model, principal.plan_for(model.name)
 
     def settle(self, exchange: Exchange) -> None:
-        """Give back what the call did not use, enter what it did, and report it. Idempotent; never fails.
+        """Give back what the call did not use, enter what it did, and report it with its tokens. Never fails.
 
         Where a hard budget holds, PostgreSQL is told first: until it knows what was spent, the most that the call could
         cost stays reserved (`metering/budgets.py`).
         """
         reservation = exchange.reservation
+        tokens = exchange.tokens
+        used = tokens[0] + tokens[1]
         if exchange.intent is None:
             if reservation is not None:
-                self._quota.settle(reservation, sum(exchange.tokens))
+                self._quota.settle(reservation, used)
         elif reservation is not None and reservation.plan.budgets:
-            self._meter.end(exchange, partial(self._quota.settle, reservation, sum(exchange.tokens)))
+            self._meter.end(exchange, partial(self._quota.settle, reservation, used))
         else:
             self._meter.end(exchange)
             if reservation is not None:
-                self._quota.settle(reservation, sum(exchange.tokens))
-        self._on_settled(exchange)
+                self._quota.settle(reservation, used)
+        self._on_settled(exchange, tokens)
 
 
 class Call:
     """A call whose answer has begun. Exactly one task reads it."""
 
-    __slots__ = ("_answer", "_exchange", "_first", "_meter", "_relay", "content_type", "headers", "status")
+    __slots__ = ("_answer", "_exchange", "_first", "_meter", "_relay", "content_type", "headers", "is_stream", "status")
 
     def __init__(
         self, exchange: Exchange, request: ParsedRequest, answer: Answer, first: bytes, meter: CallMeter
@@ -128,6 +130,8 @@ class Call:
         self.headers = answer.headers
         self.content_type = _content_type(answer)
         is_events = self.content_type.startswith(b"text/event-stream")
+        self.is_stream = is_events
+        """Whether the answer comes as events."""
         self._relay = self._relay_for(request) if is_events else None
         exchange.relay = self._relay
         exchange.upstream_status = answer.status
@@ -143,11 +147,6 @@ class Call:
     def _cost_of(self, relay: SseRelay) -> str:
         self._observe(relay)
         return self._meter.charged(self._exchange)
-
-    @property
-    def is_stream(self) -> bool:
-        """Whether the answer comes as events."""
-        return self._relay is not None
 
     async def collect(self) -> bytes:
         """Return the whole answer. Errors: UpstreamUnreachable, UpstreamTimedOut."""
@@ -197,7 +196,6 @@ class Call:
         self._exchange.outcome = "done" if relay.error is None else "upstream_failed"
         return rest
 
-    @property
     def charged(self) -> str:
         """What the call is charged, in US dollars; "" while nobody can say."""
         return self._meter.charged(self._exchange)

@@ -87,4 +87,4 @@ class Exchange:
     def tokens(self) -> tuple[int, int]:
         """Tokens in and out: as reported, or else as estimated and observed."""
         usage = self.usage
-        return self.tokens_estimated if usage is None else usage.counts
+        return self.tokens_estimated if usage is None else usage.counts()

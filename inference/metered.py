@@ -6,7 +6,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from core.money import usd_text
 from inference.asks import ask_of
@@ -14,7 +16,7 @@ from inference.catalog import Deployment, Model
 from inference.exchange import Exchange
 from inference.wire import ParsedRequest
 from keys.limits import QuotaPlan
-from keys.quota import Spend
+from keys.quota import NOTHING, Spend
 from metering.entries import Attribution, Entry, Intent, Quality, Result
 from metering.errors import LedgerUnavailable, PriceUnknown
 from metering.ledger import Ledger
@@ -40,7 +42,7 @@ class CallMeter:
         Errors: PriceUnknown when that cannot be said; LedgerUnavailable before the prices are known.
         """
         if not plan.budgets:
-            return Spend(0, exchange.started_ms)
+            return NOTHING
         ask = ask_of(exchange.endpoint, request, model)
         dearest = 0
         for deployment in model.deployments:
@@ -135,15 +137,14 @@ class CallMeter:
             self._ledger.settle(entry, intent, partial(on_entered, charge or 0))
 
     def _find(self, exchange: Exchange, deployment: Deployment) -> CallPrices:
-        if not self._prices.is_loaded:
+        prices, principal = self._prices, exchange.principal
+        if not prices.is_loaded:
             raise LedgerUnavailable
-        principal = exchange.principal
         assert principal is not None
-        found = self._prices.find(principal.organization_id, exchange.model, deployment.price_names)
-        return found or _UNPRICED
+        return prices.find(principal.organization_id, exchange.model, deployment.price_names) or _UNPRICED
 
 
-class _Payer(NamedTuple):
+class _Payer(msgspec.Struct, frozen=True):
     """Who pays for calls of a plan at a deployment, as long as its prices are these."""
 
     prices: CallPrices
@@ -157,7 +158,8 @@ def _attribution(exchange: Exchange, deployment: Deployment) -> Attribution:
     assert reservation is not None
     memo = reservation.plan.memo
     operation = exchange.endpoint.operation
-    known = memo.get((deployment.id, operation))
+    key = (deployment.id, operation)
+    known = memo.get(key)
     if isinstance(known, _Payer) and known.prices is prices:
         return known.attribution
     principal = exchange.principal
@@ -173,7 +175,7 @@ def _attribution(exchange: Exchange, deployment: Deployment) -> Attribution:
         prices.cost.id if prices.cost else None,
         prices.charge.id if prices.charge else None,
     )
-    memo[deployment.id, operation] = _Payer(prices, attribution)
+    memo[key] = _Payer(prices, attribution)
     return attribution
 
 

@@ -24,6 +24,7 @@ _text: Final = msgspec.json.Decoder(str)
 _flag: Final = msgspec.json.Decoder(bool | None)
 _encode: Final = msgspec.json.Encoder().encode
 _MODEL_LENGTH_MAX: Final = 256
+JSON: Final = b"application/json"
 _USAGE_ASKED: Final = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -38,64 +39,41 @@ class StreamOptions(msgspec.Struct, frozen=True):
 _stream_options: Final = msgspec.json.Decoder(StreamOptions | None)
 
 
-class ParsedRequest:
-    """A request as far as we understand it."""
+class ParsedRequest(msgspec.Struct, frozen=True):
+    """A request as far as we understand it. `repr` does not show it: it holds people's words."""
 
-    __slots__ = (
-        "_body",
-        "_content_type",
-        "_fields",
-        "choices",
-        "is_stream",
-        "model",
-        "output_tokens",
-        "prompt_tokens",
-        "shows_cost",
-        "shows_usage",
-    )
+    fields: Fields | None
+    """The top level of a JSON body; None for a form."""
+    body: bytes
+    """The body as it came."""
+    content_type: bytes
+    """The media type of `upstream_body`."""
+    model: str
+    is_stream: bool
+    shows_usage: bool = True
+    shows_cost: bool = False
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    """The most that may come out, for each of *choices*."""
+    choices: int = 1
 
-    def __init__(self, fields: Fields | None, body: bytes, content_type: bytes) -> None:
-        self._fields = fields
-        self._body = body
-        self._content_type = content_type
-        self.model = ""
-        self.is_stream = False
-        self.shows_usage = True
-        self.shows_cost = False
-        self.prompt_tokens = 0
-        # For each of *choices*.
-        self.output_tokens = 0
-        self.choices = 1
-
-    @property
-    def fields(self) -> Fields | None:
-        """The top level of a JSON body; None for a form."""
-        return self._fields
-
-    @property
-    def body(self) -> bytes:
-        """The body as it came."""
-        return self._body
-
-    @property
-    def content_type(self) -> bytes:
-        """The media type of `upstream_body`."""
-        return self._content_type
+    def __repr__(self) -> str:
+        return f"ParsedRequest({self.model!r}, {len(self.body)} bytes)"
 
     def upstream_body(self, model: str) -> bytes:
         """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
-        if self._fields is None:
-            return self._body if model == self.model else _renamed(self._body, self.model, model)
-        fields = self._fields
+        fields = self.fields
+        if fields is None:
+            return self.body if model == self.model else _renamed(self.body, self.model, model)
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
 
     def decoded(self) -> dict[str, Any]:
         """Return the whole body decoded, for upstreams that translate it. Errors: BodyInvalid."""
-        if self._fields is None:
+        if self.fields is None:
             raise BodyInvalid("This model does not accept multipart forms.")
-        return _decode(msgspec.json.Decoder(dict[str, Any]), _encode(self._fields), "body")
+        return _decode(msgspec.json.Decoder(dict[str, Any]), _encode(self.fields), "body")
 
 
 def parse(endpoint: Endpoint, content_type: bytes, body: bytes, output_tokens_max: int) -> ParsedRequest:
@@ -103,33 +81,35 @@ def parse(endpoint: Endpoint, content_type: bytes, body: bytes, output_tokens_ma
     if endpoint.body == "form":
         return _parse_form(content_type, body)
     fields = _decode_fields(body)
-    request = ParsedRequest(fields, body, b"application/json")
-    request.model = _model(fields)
-    if endpoint.can_stream and "stream" in fields:
-        request.is_stream = bool(_decode(_flag, fields["stream"], "stream"))
-    request.prompt_tokens = estimate_prompt_tokens(fields, len(body))
+    model = _model(fields)
+    is_stream = endpoint.can_stream and "stream" in fields and bool(_decode(_flag, fields["stream"], "stream"))
+    prompt_tokens = estimate_prompt_tokens(fields, len(body))
+    output_tokens, choices = 0, 1
     if endpoint.generates_tokens:
-        request.output_tokens = estimate_output_tokens(fields, output_tokens_max)
-        request.choices = count_choices(fields)
-    if request.is_stream and endpoint.has_usage_option:
-        _ask_for_usage(request, fields)
-    return request
+        output_tokens = estimate_output_tokens(fields, output_tokens_max)
+        choices = count_choices(fields)
+    shows_usage, shows_cost = True, False
+    if is_stream and endpoint.has_usage_option:
+        shows_usage, shows_cost = _ask_for_usage(fields)
+    return ParsedRequest(
+        fields, body, JSON, model, is_stream, shows_usage, shows_cost, prompt_tokens, output_tokens, choices
+    )
 
 
-def _ask_for_usage(request: ParsedRequest, fields: Fields) -> None:
-    """Ask the provider for usage on every stream; remember whether the caller wants to see it."""
+def _ask_for_usage(fields: Fields) -> tuple[bool, bool]:
+    """Ask the provider for usage on every stream; tell whether the caller wants to see it, and what it costs."""
     raw = fields.get("stream_options")
     if raw is None:
-        request.shows_usage = False
         fields["stream_options"] = _USAGE_ASKED
-        return
+        return False, False
     options = _decode(_stream_options, raw, "stream_options")
-    request.shows_cost = bool(options and options.include_cost)
-    request.shows_usage = request.shows_cost or bool(options and options.include_usage)
+    shows_cost = bool(options and options.include_cost)
+    shows_usage = shows_cost or bool(options and options.include_usage)
     # Put together again also where it says what we want: it may say it twice, and differently.
     others = _decode(_fields, raw, "stream_options") if options is not None else {}
     others.pop("include_cost", None)
     fields["stream_options"] = msgspec.Raw(_encode({**others, "include_usage": True}))
+    return shows_usage, shows_cost
 
 
 def _decode_fields(body: bytes) -> Fields:
@@ -183,16 +163,14 @@ def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
 
     A second `model` part is refused: the provider might read the other one.
     """
-    request = ParsedRequest(None, body, content_type)
     values = _form_texts(content_type, body, {"model", "stream"})
     models = values.get("model", [])
     if not models:
         raise BodyInvalid("you must provide a model parameter")
     if len(models) > 1 or len(values.get("stream", [])) > 1:
         raise BodyInvalid("Invalid form: a field is given twice.", param="model")
-    request.model = checked_model(models[0])
-    request.is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
-    return request
+    is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
+    return ParsedRequest(None, body, content_type, checked_model(models[0]), is_stream)
 
 
 def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, list[str]]:

@@ -101,6 +101,7 @@ class QuotaPlan:
         "budgets",
         "denial",
         "denied_until_seconds",
+        "is_empty",
         "memo",
         "names",
         "organization_id",
@@ -124,6 +125,8 @@ class QuotaPlan:
         self.record_prefix = tag + b"r:"
         self.budgets = tuple(budget for budget in budgets if budget.is_hard)
         """Those that can refuse. Soft ones are PostgreSQL's business alone."""
+        self.is_empty = not self.scopes and not self.budgets
+        """Whether nothing limits these calls."""
         self._period_keys: tuple[bytes, ...] = ()
         self._period_until_ms = 0.0
         self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names, self.budgets)
@@ -156,11 +159,6 @@ class QuotaPlan:
             ],
             budgets,
         )
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing limits these calls."""
-        return not self.scopes and not self.budgets
 
     def budget_keys(self, started_ms: int) -> tuple[bytes, ...]:
         """Return where Redis holds the budgets' present periods, for a call that began at *started_ms*."""

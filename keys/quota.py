@@ -13,6 +13,8 @@ import time
 from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
+import msgspec
+
 from core.database import DOWN
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
@@ -39,35 +41,23 @@ class Spend(NamedTuple):
     started_ms: int
 
 
-_NOTHING: Final = Spend(0, 0)
+NOTHING: Final = Spend(0, 0)
+"""What a call under no hard budget reserves."""
 
 
-class Reservation:
+class Reservation(msgspec.Struct, eq=False):
     """What was set aside for one call. Given back by `settle`, once, however the call ends."""
 
-    __slots__ = (
-        "budget_keys",
-        "is_local",
-        "is_settled",
-        "nano_usd_max",
-        "plan",
-        "request_id",
-        "shown",
-        "tokens",
-        "was_sent",
-    )
-
-    def __init__(self, request_id: str, plan: QuotaPlan, tokens: int, spend: Spend = _NOTHING) -> None:
-        self.request_id = request_id
-        self.plan = plan
-        self.tokens = tokens
-        self.nano_usd_max = spend.nano_usd_max
-        self.budget_keys = plan.budget_keys(spend.started_ms) if plan.budgets else ()
-        self.shown: Reply | None = None
-        """The tightest limit of requests and of tokens, for the caller: see `keys.limits.window_of`."""
-        self.is_local = False
-        self.is_settled = False
-        self.was_sent = True
+    request_id: str
+    plan: QuotaPlan
+    tokens: int
+    nano_usd_max: int = 0
+    budget_keys: tuple[bytes, ...] = ()
+    shown: Reply | None = None
+    """The tightest limit of requests and of tokens, for the caller: see `keys.limits.window_of`."""
+    is_local: bool = False
+    is_settled: bool = False
+    was_sent: bool = True
 
     @property
     def requests(self) -> Window | None:
@@ -91,7 +81,7 @@ class Quota:
         self.local_decisions = 0
 
     async def reserve(
-        self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int, spend: Spend = _NOTHING
+        self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int, spend: Spend = NOTHING
     ) -> Reservation:
         """Set aside one request, its tokens, a slot and its cost, in every scope of *plan*, or nothing at all.
 
@@ -106,7 +96,10 @@ class Quota:
                 limit = int(plan.tokens_max)
                 raise RequestTooLarge(scope=plan.tokens_scope, limit_tokens=limit, requested_tokens=prompt_tokens)
             tokens = int(plan.tokens_max)
-        reservation = Reservation(request_id, plan, tokens, spend)
+        reservation = Reservation(request_id, plan, tokens)
+        if plan.budgets:
+            reservation.nano_usd_max = spend.nano_usd_max
+            reservation.budget_keys = plan.budget_keys(spend.started_ms)
         if plan.is_empty:
             return reservation
         if plan.denied_until_seconds:
@@ -114,17 +107,23 @@ class Quota:
         if self._settling:
             self.flush()  # in order: what was given back before this call came is there for it
         reply = await self._ask(reservation)
-        for _ in range(_SEEDS_MAX):
-            if reply is None or reply[0] != _UNKNOWN:
-                break
-            await self._seed(plan, reply[1] - 1, spend)
-            reply = await self._ask(reservation)
+        if reply is not None and reply[0] == _UNKNOWN:
+            reply = await self._ask_with_seeds(reservation, reply, spend)
         if reply is None:
             return reservation
         if reply[0] != 1:
             raise _refusal(plan, reply, spend)
         reservation.shown = reply[4:]
         return reservation
+
+    async def _ask_with_seeds(self, reservation: Reservation, reply: Reply | None, spend: Spend) -> Reply | None:
+        """Tell Redis the budgets that it does not know, one after the other, and ask again. As `_ask`."""
+        for _ in range(_SEEDS_MAX):
+            if reply is None or reply[0] != _UNKNOWN:
+                break
+            await self._seed(reservation.plan, reply[1] - 1, spend)
+            reply = await self._ask(reservation)
+        return reply
 
     async def _ask(self, reservation: Reservation) -> Reply | None:
         """Return what Redis says; None when this process had to decide, and admits the call."""
@@ -243,7 +242,8 @@ def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
     plan = reservation.plan
     request_id = reservation.request_id.encode()
     keys = (plan.record_prefix + request_id, *reservation.budget_keys)
-    return ScriptCall(plan.shape, keys, (act, request_id, b"%d" % amount, b"%d" % reservation.nano_usd_max))
+    most = reservation.nano_usd_max
+    return ScriptCall(plan.shape, keys, (act, request_id, _number(amount), _number(most) if most else b"0"))
 
 
 def _settlement(plan: QuotaPlan, settled: list[tuple[Reservation, int, int]]) -> ScriptCall:
@@ -252,8 +252,12 @@ def _settlement(plan: QuotaPlan, settled: list[tuple[Reservation, int, int]]) ->
     for reservation, used, nano_usd in settled:
         request_id = reservation.request_id.encode()
         keys.append(plan.record_prefix + request_id)
-        arguments += (request_id, b"%d" % used, b"%d" % nano_usd)
+        arguments += (request_id, _number(used), _number(nano_usd) if nano_usd else b"0")
     if plan.budgets:
         for reservation, _, _ in settled:
             keys += reservation.budget_keys
     return ScriptCall(plan.settle_shape, tuple(keys), tuple(arguments))
+
+
+def _number(value: int) -> bytes:
+    return str(value).encode()

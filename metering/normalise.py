@@ -26,6 +26,7 @@ COUNT_MAX: Final = 10_000_000
 _TICKS_PER_NANO_USD: Final = 10
 # No call costs a million dollars; what claims to is not believed.
 _REPORTED_MAX: Final = 1_000_000 * NANO_USD_PER_USD
+_NOT_SAID: Final = msgspec.Raw()
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -99,14 +100,13 @@ class OpenAIUsage(_Part, frozen=True, kw_only=True, gc=False):
     cache_creation_input_tokens: int | None = None
     cache_creation: CacheCreation | None = None
     # What the provider says that it cost: OpenRouter's in USD (Perplexity's is an object); xAI's.
-    cost: msgspec.Raw = msgspec.Raw()
+    cost: msgspec.Raw = _NOT_SAID
     cost_details: CostDetails | None = None
     is_byok: bool | None = None
     cost_in_usd_ticks: int | None = None
 
-    @property
     def counts(self) -> tuple[int, int]:
-        """Tokens that went in, and tokens that came out."""
+        """Return tokens that went in, and tokens that came out."""
         return self.prompt_tokens or self.input_tokens or 0, self.completion_tokens or self.output_tokens or 0
 
 
@@ -185,6 +185,8 @@ def reported_cost(usage: OpenAIUsage) -> NanoUsd | None:
     if usage.cost_in_usd_ticks is not None:
         ticks = usage.cost_in_usd_ticks
         return None if ticks < 0 else _believable(-(-ticks // _TICKS_PER_NANO_USD))
+    if usage.cost is _NOT_SAID:
+        return None
     cost = _nano_usd(usage.cost)
     if cost is None or not usage.is_byok or usage.cost_details is None:
         return cost
@@ -248,7 +250,7 @@ def _of_openai(usage: OpenAIUsage) -> Units:
 
 
 def _of_openai_parts(usage: OpenAIUsage, inside: InputDetails, made: OutputDetails | None) -> Units:
-    prompt, completion = usage.counts
+    prompt, completion = usage.counts()
     seconds = math.ceil(usage.seconds or usage.prompt_audio_seconds or 0)
     if not prompt and not completion and not seconds:
         # Voyage reports embeddings by their total alone.

@@ -179,11 +179,8 @@ class PriceBook:
         self._seen: tuple[int | None, frozenset[str]] | None = None
         self._next_begins: datetime | None = None
         self._turns_at_seconds = math.inf
-
-    @property
-    def is_loaded(self) -> bool:
+        self.is_loaded = False
         """Whether it was ever read: before that, that a price is missing means nothing."""
-        return self._seen is not None
 
     def find(self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...]) -> CallPrices | None:
         """Return what a call of the catalog's *model* is rated by; None if no price is known for it at all.
@@ -218,6 +215,7 @@ class PriceBook:
         if versions is not None:
             self._versions, self._seen = versions, seen
             self._found.clear()
+            self.is_loaded = True
         # Also where nothing changed: clocks are set, and what is left until the next price begins is measured again.
         self._turn()
         return versions is not None

@@ -24,6 +24,7 @@ _TIER_ALIASES: Final = {"fast": "priority"}
 # Names that answers may carry: those of OpenAI's API document and of litellm's list. What is entered comes from here,
 # and not from a provider's answer: that may hold anything.
 _TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast", "ultrafast", "balanced"})
+_OUTPUT: Final = UNIT_NAMES.index("output_tokens")
 _PROVIDER_DECIDES: Final = frozenset({None, "auto"})
 # What has no rate of its own is rated as the next one of these.
 _INSTEAD: Final[Mapping[str, tuple[str, ...]]] = {
@@ -114,7 +115,13 @@ def rate(units: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd |
     """
     rates = _rates_at(_steps(terms, service_tier), units.all_input_tokens)
     scaled = 0
-    for name, count in zip(UNIT_NAMES, astuple(units), strict=True):
+    counts = astuple(units)
+    if not any(counts[1:_OUTPUT]) and not any(counts[_OUTPUT + 1 :]) and counts[0] > 0 and counts[_OUTPUT] > 0:
+        # By far the commonest case, and this is the hot path.
+        if rates.input_tokens is None or rates.output_tokens is None:
+            return None
+        return _rounded_up(counts[0] * rates.input_tokens + counts[_OUTPUT] * rates.output_tokens)
+    for name, count in zip(UNIT_NAMES, counts, strict=True):
         if count:
             price = rate_of(rates, name)
             if count < 0:

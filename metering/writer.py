@@ -19,8 +19,6 @@ from core.database import DOWN, driver_url
 _T = TypeVar("_T")
 _CONNECT_SECONDS_MAX: Final = 2.0
 _RETRY_SECONDS: Final = (0.05, 0.1, 0.25, 0.5)
-# A batch of a few rows is sent at once: nobody waits for company that does not come.
-_FEW_ROWS: Final = 4
 _log = structlog.get_logger(__name__)
 
 
@@ -71,18 +69,25 @@ class Writer:
 class GroupCommit(Generic[_T]):
     """Collects items and writes them in batches, in order, until each is written.
 
-    The first item is written at once. While a batch is on its way the next one gathers, and a busy process waits
-    *pause_seconds* from one batch's start to the next's. *write* may be given the same items again, and with others;
-    it raises one of `core.database.DOWN` for what another try may better.
+    The first item after a pause is written at once. While a batch is on its way the next one gathers, and
+    *pause_seconds* pass from one batch's start to the next's, unless the last had *few_rows* or less. *write* may be
+    given the same items again, and with others; it raises one of `core.database.DOWN` for what another try may better.
     """
 
     def __init__(
-        self, name: str, write: Callable[[list[_T]], Awaitable[None]], *, pause_seconds: float, rows_max: int
+        self,
+        name: str,
+        write: Callable[[list[_T]], Awaitable[None]],
+        *,
+        pause_seconds: float,
+        rows_max: int,
+        few_rows: int = 0,
     ) -> None:
         self._name = name
         self._write = write
         self._pause_seconds = pause_seconds
         self._rows_max = rows_max
+        self._few_rows = few_rows
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_T] = deque()
         self._batch: list[_T] = []
@@ -130,7 +135,7 @@ class GroupCommit(Generic[_T]):
         started_at, rows = 0.0, 0
         while True:
             await self._wake.wait()
-            if rows > _FEW_ROWS:
+            if rows > self._few_rows:
                 await asyncio.sleep(started_at + self._pause_seconds - self._loop.time())
             started_at = self._loop.time()
             rows = min(len(self._waiting), self._rows_max)

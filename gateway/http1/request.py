@@ -20,6 +20,8 @@ _STATUS_LINES: Final = {code: b"HTTP/1.1 %d %b\r\n" % (code, _PHRASES.get(code, 
 _BODILESS: Final = frozenset({204, 304})
 _CLOSE: Final = b"connection: close\r\n"
 _CHUNKED: Final = b"transfer-encoding: chunked\r\n"
+_END: Final = b"\r\n"
+_CLOSE_END: Final = _CLOSE + _END
 
 
 class Wire(abc.ABC):
@@ -200,10 +202,12 @@ class HttpRequest:
         self.is_started = True
         self._wire.send(head)
 
-    def write(self, data: bytes) -> None:
-        """Send the next bytes of an answer that has begun."""
+    def write(self, data: bytes) -> bool:
+        """Send the next bytes of an answer that has begun; tell whether the caller takes less than it is sent."""
+        wire = self._wire
         if not self.is_gone and data:
-            self._wire.send(self._framed(data))
+            wire.send(self._framed(data))
+        return wire.is_blocked
 
     def end(self, last: bytes = b"") -> None:
         """Send the *last* bytes of an answer that has begun."""
@@ -276,7 +280,7 @@ class HttpRequest:
             self.closes = True
 
     def _framed(self, data: bytes) -> bytes:
-        return data if self.is_http10 else b"%x\r\n%b\r\n" % (len(data), data)
+        return data if self.is_http10 else b"".join((f"{len(data):x}\r\n".encode(), data, _END))
 
     def _end(self) -> None:
         self.is_ended = True
@@ -288,8 +292,9 @@ def whole_answer(status: int, lines: bytes, body: bytes, *, closes: bool, is_hea
     """Return an answer as bytes; *is_head* leaves the body out, whose length is still told."""
     if status in _BODILESS:
         return b"%b%b%b\r\n" % (_STATUS_LINES[status], lines, _CLOSE if closes else b"")
-    head = b"%b%bcontent-length: %d\r\n%b\r\n" % (_STATUS_LINES[status], lines, len(body), _CLOSE if closes else b"")
-    return head if is_head else head + body
+    length = f"content-length: {len(body)}\r\n".encode()
+    end = _CLOSE_END if closes else _END
+    return b"".join((_STATUS_LINES[status], lines, length, end, b"" if is_head else body))
 
 
 def header_lines(headers: Sequence[tuple[bytes, bytes]] | Headers) -> bytes:

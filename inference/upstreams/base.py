@@ -14,7 +14,6 @@ from inference.upstreams.http1_errors import FirstByteTimedOut, IdleTimedOut, To
 from inference.upstreams.http1_messages import Deadlines
 from inference.wire import ParsedRequest
 
-JSON: Final = b"application/json"
 EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"
 
 

@@ -15,7 +15,8 @@ from typing import Any, Final, cast
 import msgspec
 
 from core.ids import new_id
-from inference.upstreams.base import EVENT_STREAM, JSON, Answer, GeneratedAnswer, HeldAnswer, UpstreamCall
+from inference.upstreams.base import EVENT_STREAM, Answer, GeneratedAnswer, HeldAnswer, UpstreamCall
+from inference.wire import JSON
 
 _LABEL: Final = "[demo model: no provider is configured] You said: "
 _DIMENSIONS: Final = 256

@@ -128,7 +128,7 @@ def encode_head(request: UpstreamRequest, target_prefix: bytes, fixed_lines: byt
     line = request_line(request.method, target_prefix, request.target)
     start = start_of_head(line, fixed_lines, tuple(request.headers))
     if request.body or request.method in METHODS_WITH_BODY:
-        return b"%bcontent-length: %d\r\n\r\n" % (start, len(request.body))
+        return start + f"content-length: {len(request.body)}\r\n\r\n".encode()
     return start + b"\r\n"
 
 

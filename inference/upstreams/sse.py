@@ -119,17 +119,21 @@ class SseRelay:
     def _scan(self, whole: bytes) -> bytes:
         if not whole:
             return whole
+        # Every byte of every stream comes by here. (`in` makes and drops an exception before it looks for bytes.)
         if self._hides_usage:
             whole = whole.replace(_NO_USAGE, b"")
-            has_usage = b'"usage"' in whole
+            has_usage = whole.find(b'"usage"') >= 0
         else:
             has_usage = whole.count(b'"usage"') != whole.count(b'"usage":null')
-        self.events += whole.count(b"data:")
+        events = whole.count(b"data:")
+        self.events += events
         if self._counts_text:
             self._said_bytes += sum(map(len, _SAID.findall(whole)))
-        has_error = b'"error"' in whole
-        if not (has_usage or has_error or b"[DONE]" in whole):
-            return whole
+        has_error = whole.find(b'"error"') >= 0
+        if not (has_usage or has_error):
+            is_object = events == 1 and whole.startswith(b"data: {")
+            if is_object or whole.find(b"[DONE]") < 0:
+                return whole
         if b"\r" in whole:
             return b"".join([event if (new := self._look(event)) is None else new for event in _events(whole)])
         # Only the events that the marks stand in are looked at; a burst may hold hundreds of others.
@@ -177,6 +181,8 @@ class SseRelay:
 
 def _end_of_last_event(data: bytes) -> int:
     """Return where the last whole event of *data* ends, 0 if there is none."""
+    if data.endswith(b"\n\n"):
+        return len(data)
     if b"\r" not in data:
         return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
     # A CR at the very end may be half of a CRLF: wait for the rest.

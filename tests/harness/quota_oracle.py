@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from core.redis import Scripts
@@ -130,7 +131,7 @@ class TimedScripts:
             self._timed[script] = Script(source.replace(_TIME, f"call('LRANGE', '{_CLOCK}', 0, 1)"))
         shape = call.shape
         timed = ScriptShape(self._timed[script], keys=shape.keys, fixed=shape.fixed)
-        return call._replace(shape=timed)
+        return replace(call, shape=timed)
 
 
 def fresh(plan: QuotaPlan) -> QuotaPlan:

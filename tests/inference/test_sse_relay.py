@@ -39,7 +39,7 @@ def test_every_split_point_gives_the_same_bytes(end: bytes, hides: bool) -> None
         relay = SseRelay(hides_usage=hides)
         assert relayed(relay, [whole[:at], whole[at:]]) == kept
         assert relay.usage is not None
-        assert relay.usage.counts == (11, 22)
+        assert relay.usage.counts() == (11, 22)
         assert relay.is_done
         assert relay.error is None
 

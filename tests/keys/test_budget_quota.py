@@ -167,7 +167,7 @@ class TestForgotten:
         await place.reserve(plan, 20)
         assert place.books.asked == 1
         # The call that was running when Redis forgot it is charged when it ends, by whichever gateway.
-        place.quota.settle(Reservation(running, plan, 2, Spend(30, now_ms())), 2, 12)
+        place.quota.settle(Reservation(running, plan, 2, 30, plan.budget_keys(now_ms())), 2, 12)
         await place.settled()
         state = await place.state(budget)
         assert (state[b"s"], state[b"r"]) == (b"62", b"20")

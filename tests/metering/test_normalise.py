@@ -226,9 +226,9 @@ class TestCredible:
         assert is_credible(OpenAIUsage())
 
     def test_counts_are_those_of_either_spelling(self) -> None:
-        assert OpenAIUsage(prompt_tokens=1, completion_tokens=2).counts == (1, 2)
-        assert OpenAIUsage(input_tokens=3, output_tokens=4).counts == (3, 4)
-        assert OpenAIUsage().counts == (0, 0)
+        assert OpenAIUsage(prompt_tokens=1, completion_tokens=2).counts() == (1, 2)
+        assert OpenAIUsage(input_tokens=3, output_tokens=4).counts() == (3, 4)
+        assert OpenAIUsage().counts() == (0, 0)
 
 
 class TestReportedCost:

@@ -10,14 +10,14 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
-from bench.gateway_subject import our_gateway
-from bench.report import OURS, Report, exit_code_of, footprint_of, show
+from bench.gateway_subject import our_gateway, ungoverned_gateway
+from bench.report import OURS, UNGOVERNED, Report, exit_code_of, footprint_of, show
 from bench.rounds import Scenario, as_json, run_matrix, run_once
 from bench.subjects import LOAD_CORE, Subject, SubjectFailedError, bare_relay, haproxy, mock_provider
 
@@ -30,7 +30,12 @@ def scenarios(*, is_full: bool) -> list[Scenario]:
     """List the matrix; a stream's ramp is as long as the stream, so that streams end and begin evenly."""
     window_seconds = 3.0 if is_full else 1.0
     cells = [
-        Scenario(name=f"answers, {callers} callers", concurrency=callers, window_seconds=window_seconds)
+        Scenario(
+            name=f"answers, {callers} callers",
+            concurrency=callers,
+            window_seconds=window_seconds,
+            rounds_factor=4 if callers == 64 else 1,
+        )
         for callers in (1, 8, 64, 256)
     ]
     cells.append(Scenario(name="63 events at once, 64", concurrency=64, is_stream=True, window_seconds=window_seconds))
@@ -89,10 +94,19 @@ def main() -> int:
         directory = Path(folder)
         with mock_provider(directory) as direct:
             paced = PACED_MODEL_FULL if arguments.full else PACED_MODEL
+            ours: list[Subject] = []
+
+            @contextlib.contextmanager
+            def our_own() -> Iterator[Subject]:
+                with our_gateway(directory, direct.port, paced) as subject:
+                    ours.append(subject)
+                    yield subject
+
             starts: dict[str, Start] = {
                 "HAProxy": lambda: haproxy(directory, direct.port),
                 "bare relay": lambda: bare_relay(directory, direct.port),
-                OURS: lambda: our_gateway(directory, direct.port, paced),
+                OURS: our_own,
+                UNGOVERNED: lambda: ungoverned_gateway(directory, ours),
             }
             wanted = [name.casefold() for name in arguments.only or []]
             starts = {

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from bench.measure import kind_of, members_of, pin
+from bench.report import UNGOVERNED
 from bench.subjects import (
     LOAD_CORE,
     READY_SECONDS_MAX,
@@ -62,6 +63,27 @@ def our_gateway(directory: Path, mock_port: int, paced_model: str) -> Iterator[S
         for member in members_of(process.pid, home):
             if kind_of(member, _API_MARK) != "api":
                 pin(member.pid, LOAD_CORE)
+        yield subject
+
+
+@contextlib.contextmanager
+def ungoverned_gateway(directory: Path, started: Sequence[Subject]) -> Iterator[Subject]:
+    """Start the gateway without quota and ledger, on the stores of the one in *started*. Errors: SubjectFailedError."""
+    if not started:
+        raise SubjectFailedError("it uses the stores of the gateway, which did not start")
+    gateway = started[0]
+    api = next(each for each in members_of(gateway.pid, gateway.directory) if kind_of(each, _API_MARK) == "api")
+    entries = Path(f"/proc/{api.pid}/environ").read_bytes().decode().split("\0")
+    # All but the descriptors that tie a process to its supervisor.
+    environ = {k: v for k, _, v in (entry.partition("=") for entry in entries) if k and not k.endswith("_FD")}
+    port = free_port()
+    environ |= {"AAP_PORT": str(port), "AAP_DATA_DIR": str(directory / "ungoverned")}
+    log = directory / "ungoverned.log"
+    started_at = time.monotonic()
+    command = [sys.executable, "-m", "bench.ungoverned_gateway"]
+    with running(command, core=SUBJECT_CORE, log=log, environ=environ) as process:
+        subject = Subject(name=UNGOVERNED, port=port, pid=process.pid, headers=gateway.headers)
+        await_first_answer(subject, process, log, started_at)
         yield subject
 
 

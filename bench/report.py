@@ -12,6 +12,8 @@ from bench.rounds import Figures, Row
 from bench.subjects import Subject
 
 OURS = "our gateway"
+# The same without quota and ledger: what these two cost is the difference.
+UNGOVERNED = "no quota, ledger"
 _YARDSTICKS = ("direct", "HAProxy", "bare relay")
 _COLUMNS = (
     *(
@@ -199,11 +201,10 @@ def judge(report: Report) -> list[Verdict]:
                 Verdict(f"{name}: RSS kB per open stream", own.rss_kilobytes_per_stream, 40, 20),
             ]
         elif row.scenario.concurrency == 64 and not row.scenario.is_stream:
-            bare = ratio(row, peers, "bare relay")
             verdicts += [
                 Verdict(f"{name}: CPU µs per request", own.cpu_us_per_request, 100, 50),
                 Verdict(f"{name}: CPU beside HAProxy, times", ratio(row, peers, "HAProxy"), 7, 3),
-                Verdict(f"{name}: on top of the bare relay, %", None if bare is None else (bare - 1) * 100, 100, 50),
+                Verdict(f"{name}: quota and ledger, % of the bare relay", _governing(own, peers), 100, 50),
             ]
             for peer, must, go_for in (("TensorZero", 1.5, 3), ("Portkey", 10, 20), ("LiteLLM", 80, 150)):
                 other = peers.get(peer)
@@ -217,6 +218,16 @@ def judge(report: Report) -> list[Verdict]:
         Verdict("API process: RSS idle, MB", footprint.rss_idle_megabytes, 120, 80),
     ]
     return verdicts
+
+
+def _governing(own: Figures, peers: Mapping[str, Figures]) -> float | None:
+    """Return what quota and ledger add to a request, in percent of what the bare relay takes for one."""
+    without, bare = peers.get(UNGOVERNED), peers.get("bare relay")
+    if own.cpu_us_per_request is None or without is None or bare is None:
+        return None
+    if without.cpu_us_per_request is None or not bare.cpu_us_per_request:
+        return None
+    return (own.cpu_us_per_request - without.cpu_us_per_request) / bare.cpu_us_per_request * 100
 
 
 def _verdict_table(verdicts: Sequence[Verdict]) -> Table:

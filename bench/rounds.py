@@ -33,6 +33,8 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
     warmup_seconds: float = 0.3
     window_seconds: float = 1.0
     ramp_seconds: float = 0.0
+    rounds_factor: int = 1
+    """How many times as often as others it is repeated: where targets are judged, a neighbour's noise counts less."""
 
     @property
     def is_paced(self) -> bool:
@@ -79,9 +81,10 @@ def run_matrix(
     rows = []
     for scenario in sorted(scenarios, key=lambda each: not each.is_paced):
         figures: dict[str, list[Figures]] = {subject.name: [] for subject in subjects}
-        for number in range(rounds):
+        repeats = rounds * scenario.rounds_factor
+        for number in range(repeats):
             for subject in subjects:
-                tell(f"{scenario.name}: {subject.name}, round {number + 1} of {rounds}")
+                tell(f"{scenario.name}: {subject.name}, round {number + 1} of {repeats}")
                 figures[subject.name].append(run_once(subject, scenario))
         rows += [
             Row(scenario=scenario, subject=name, median=_median(each), rounds=each) for name, each in figures.items()

@@ -15,8 +15,8 @@ _AMOUNT: Final = re.compile(r"-?\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 def usd_text(amount: int) -> str:
     """Return *amount* of nano-USD in US dollars, exactly: `0.0000025`, `12`, `-0.5`."""
     whole, rest = divmod(abs(amount), NANO_USD_PER_USD)
-    fraction = f".{rest:09d}".rstrip("0").rstrip(".")
-    return f"{'-' if amount < 0 else ''}{whole}{fraction}"
+    text = f"{whole}.{rest:09d}".rstrip("0") if rest else str(whole)
+    return f"-{text}" if amount < 0 else text
 
 
 def parse_usd(text: str) -> NanoUsd:

@@ -25,6 +25,8 @@ _TIER_ALIASES: Final = {"fast": "priority"}
 # and not from a provider's answer: that may hold anything.
 _TIERS: Final = frozenset({"default", "flex", "priority", "batch", "scale", "fast", "ultrafast", "balanced"})
 _OUTPUT: Final = UNIT_NAMES.index("output_tokens")
+_NO_OTHERS: Final = (0,) * (len(UNIT_NAMES) // 2 - 1)
+"""The units before the output tokens but for the first, and as many behind them."""
 _PROVIDER_DECIDES: Final = frozenset({None, "auto"})
 # What has no rate of its own is rated as the next one of these.
 _INSTEAD: Final[Mapping[str, tuple[str, ...]]] = {
@@ -113,14 +115,17 @@ def rate(units: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd |
 
     None when something was used that has no rate. Errors: ValueError for negative units: see `difference`.
     """
-    rates = _rates_at(_steps(terms, service_tier), units.all_input_tokens)
-    scaled = 0
+    steps = _steps(terms, service_tier)
     counts = astuple(units)
-    if not any(counts[1:_OUTPUT]) and not any(counts[_OUTPUT + 1 :]) and counts[0] > 0 and counts[_OUTPUT] > 0:
+    prompt, output = counts[0], counts[_OUTPUT]
+    if prompt > 0 and output > 0 and counts[1:_OUTPUT] == _NO_OTHERS and counts[_OUTPUT + 1 :] == _NO_OTHERS:
         # By far the commonest case, and this is the hot path.
+        rates = steps[0].rates if len(steps) == 1 else _rates_at(steps, prompt)
         if rates.input_tokens is None or rates.output_tokens is None:
             return None
-        return _rounded_up(counts[0] * rates.input_tokens + counts[_OUTPUT] * rates.output_tokens)
+        return _rounded_up(prompt * rates.input_tokens + output * rates.output_tokens)
+    rates = _rates_at(steps, units.all_input_tokens)
+    scaled = 0
     for name, count in zip(UNIT_NAMES, counts, strict=True):
         if count:
             price = rate_of(rates, name)

@@ -38,8 +38,7 @@ class Writer:
         async with self._turn:
             connection = await self._connected()
             try:
-                async with asyncio.timeout(self._statement_seconds_max):
-                    return await connection.fetch(statement, *arguments)
+                return await connection.fetch(statement, *arguments, timeout=self._statement_seconds_max)
             except BaseException as error:
                 if not isinstance(error, asyncpg.PostgresError) or connection.is_closed():
                     # Silent, broken or cancelled half-way: what it still does, it does without us.

@@ -37,6 +37,7 @@ _LOOK_SECONDS_MAX: Final = 5.0
 _COMPLETE_SECONDS_MAX: Final = 2.0
 _RELEASE_SECONDS_MAX: Final = 1.0
 _RETRY_SECONDS: Final = 1.0
+_FORM_PARTS_MAX: Final = 64
 _BOUNDARY: Final = re.compile(rb'^multipart/form-data\s*;.*\bboundary="?([^";,\s]+)', re.IGNORECASE)
 _T = TypeVar("_T")
 _log = structlog.get_logger(__name__)
@@ -259,7 +260,8 @@ def _digest(path: str, content_type: bytes, body: bytes) -> bytes:
     """
     found = hashlib.sha256(path.encode() + b"\n")
     boundary = _BOUNDARY.match(content_type)
-    for part in body.split(b"--" + boundary[1]) if boundary else (body,):
+    # No form has more parts (`inference/wire.py`); what a caller makes of its boundary must not keep us busy.
+    for part in body.split(b"--" + boundary[1], _FORM_PARTS_MAX) if boundary else (body,):
         found.update(b"%d\n" % len(part))
         found.update(part)
     return found.digest()

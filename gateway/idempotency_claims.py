@@ -49,6 +49,8 @@ UPDATE idempotent_answers AS a SET gateway_id = CAST(:gateway_id AS text), claim
   ) THEN :request_id ELSE a.request_id END
 WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
   AND gateway_id = :other_gateway_id AND request_id = :other_request_id
+  AND (gateway_id = CAST(:gateway_id AS text)
+    OR greatest(claimed_at, pg_postmaster_start_time()) < now() - CAST(:lease AS interval))
 RETURNING request_id
 """)
 _RENEW: Final = text("""
@@ -73,6 +75,7 @@ WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'runni
 _PRUNE: Final = text("""
 DELETE FROM idempotent_answers WHERE (key_id, idempotency_key) IN (
   SELECT key_id, idempotency_key FROM idempotent_answers WHERE expires_at < now() LIMIT 1000)
+  AND expires_at < now()
 RETURNING 1
 """)
 
@@ -159,7 +162,8 @@ class Claims:
         The call goes by the id of the one that was lost, or by *request_id* if there was none to be billed with it.
         """
         other = {"other_gateway_id": found.gateway_id, "other_request_id": found.answer.request_id}
-        return await self._take(_TAKE_OVER, key, {**other, "request_id": request_id, "lost": LOST})
+        values = {**other, "request_id": request_id, "lost": LOST, "lease": self._lease}
+        return await self._take(_TAKE_OVER, key, values)
 
     async def renew(self, holds: Sequence[Hold]) -> None:
         """Say that *holds* are still worked on."""

@@ -7,6 +7,7 @@ from typing import Final
 
 from core.errors import AppError
 from gateway.answers import answer_lines, passed_on
+from gateway.errors import AnswerTooLarge
 from gateway.idempotency import Claim, Idempotency, read
 from gateway.live import Run
 from gateway.recording import Recording
@@ -127,6 +128,8 @@ async def _pass_on(run: Run, recording: Recording) -> None:
         await _follow(run, recording, more)
     else:
         _require_whole(recording)
+        if recording.is_too_large:
+            raise AnswerTooLarge
         if run.whole(recording.status, answer_lines(run.exchange, recording.head) + more, recording.body):
             await run.drained()
     run.exchange.outcome = "replayed"

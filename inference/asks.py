@@ -23,7 +23,11 @@ _IMAGE_TOKENS_MAX: Final = 50_000
 _HIDDEN_TOKENS_MAX: Final = 1_000
 _IMAGE: Final = re.compile(rb'"(?:image_url|input_image|image)"\s*:')
 # What is read from elsewhere has a size that the request does not say; searches are billed by the query.
-_UNBOUNDED: Final = re.compile(rb'"(?:file_id|file_url|web_search_options|previous_response_id)"\s*:')
+_UNBOUNDED: Final = re.compile(
+    rb'"(?:file_id|file_url|file_data|video_url|input_file|web_search_options|previous_response_id|plugins'
+    rb'|search_parameters)"\s*:'
+)
+_CALLERS_TOOLS: Final = frozenset({"function", "custom", None})
 _OUTPUT_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 _anything: Final = msgspec.json.Decoder(Any)
 
@@ -31,20 +35,44 @@ _anything: Final = msgspec.json.Decoder(Any)
 def ask_of(endpoint: Endpoint, request: ParsedRequest, model: Model) -> Ask | None:
     """Return the most that the call can use; None if its request does not bound it."""
     fields = request.fields
-    if fields is None or endpoint.operation == "image_generation" or _UNBOUNDED.search(request.body):
+    if fields is None or endpoint.operation == "image_generation":
         return None
     body = request.body
+    # A name may be spelt in escapes, which the provider reads and a search does not.
+    spellings = (body, _unescaped(body)) if b"\\u" in body else (body,)
+    if any(map(_UNBOUNDED.search, spellings)) or not _are_functions(fields):
+        return None
+    images = max(len(_IMAGE.findall(text)) for text in spellings)
     tier = _value(fields, "service_tier")
     return Ask(
-        input_tokens_max=len(body) + _HIDDEN_TOKENS_MAX + _IMAGE_TOKENS_MAX * len(_IMAGE.findall(body)),
+        input_tokens_max=len(body) + _HIDDEN_TOKENS_MAX + _IMAGE_TOKENS_MAX * images,
         output_tokens_max=_output_tokens_max(fields, model) if endpoint.generates_tokens else 0,
         # Some providers write caches unasked.
         may_write_cache=True,
-        has_audio_input=b'"input_audio"' in body,
+        has_audio_input=any(b'"input_audio"' in text for text in spellings),
         may_output_audio="audio" in fields or "modalities" in fields,
         may_output_images="modalities" in fields,
         service_tier=tier if isinstance(tier, str) else None,
     )
+
+
+def _unescaped(body: bytes) -> bytes:
+    """Return *body* with every name and text in its one plain spelling."""
+    try:
+        return msgspec.json.encode(_anything.decode(body))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return body
+
+
+def _are_functions(fields: Fields) -> bool:
+    """Tell whether all tools are run by the caller: what the provider runs is billed by the use."""
+    tools = _value(fields, "tools")
+    if tools is None:
+        return True
+    if not isinstance(tools, list):
+        return False
+    kinds = [cast("dict[str, Any]", tool).get("type") for tool in cast("list[Any]", tools) if isinstance(tool, dict)]
+    return len(kinds) == len(cast("list[Any]", tools)) and all(kind in _CALLERS_TOOLS for kind in kinds)
 
 
 def _output_tokens_max(fields: Fields, model: Model) -> int:

@@ -72,6 +72,7 @@ async def open_answer(
     """
     failed: list[Deployment] = []
     last: UpstreamError | _Refused | None = None
+    was_seen = False  # by a provider, which may bill for it whatever becomes of later attempts
     for attempt in range(1, _ATTEMPTS_MAX + 1):
         deployment = _chosen(policy.router, model, failed)
         if deployment is None:
@@ -92,10 +93,11 @@ async def open_answer(
         except (UpstreamError, _Refused) as error:
             _note_failure(policy.router, deployment, error, is_first=is_first)
             last = error
+            was_seen = was_seen or not isinstance(error, _Refused | ConnectFailed | ConnectTimedOut)
             failed.append(deployment)
         except BaseException as error:
             policy.router.released(deployment)
-            if isinstance(error, AppError) or not is_permitted(exchange.intent):
+            if not was_seen and (isinstance(error, AppError) or not is_permitted(exchange.intent)):
                 # Refused on our side, or given up before it was sent: no provider has seen it.
                 exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
             raise
@@ -105,7 +107,10 @@ async def open_answer(
         if not policy.router.has_other(model, failed) and not _is_passing(last):
             break
     assert last is not None
-    return _ended(exchange, last), b""
+    if not was_seen:
+        # Refused, or never reached: nothing was used.
+        exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
+    return _ended(last), b""
 
 
 def is_permitted(intent: asyncio.Future[None] | None) -> bool:
@@ -123,11 +128,8 @@ def _chosen(router: Router, model: Model, failed: list[Deployment]) -> Deploymen
         return None
 
 
-def _ended(exchange: Exchange, last: UpstreamError | _Refused) -> Answer:
+def _ended(last: UpstreamError | _Refused) -> Answer:
     """Return what the caller gets when no attempt helped. Errors: those of `open_answer`."""
-    if isinstance(last, _Refused | ConnectFailed | ConnectTimedOut):
-        # Refused, or never reached: nothing was used.
-        exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
     if isinstance(last, UpstreamError):
         raise last
     return _passed_on(last.answer)

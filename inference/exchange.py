@@ -64,7 +64,7 @@ class Exchange:
         self.usage: OpenAIUsage | None = None
         self.is_estimated = False
         self.tokens_estimated: tuple[int, int] = (0, 0)
-        # done | client_gone | interrupted | upstream_failed | refused
+        # done | client_gone | interrupted | upstream_failed | refused | replayed | broken
         self.outcome = "refused"
         self.error_code: str | None = None
         # Of the ledger: what it was told before the first byte, and what it will be told in the end.

@@ -1,4 +1,7 @@
-"""How many tokens a call may take, before anybody has counted: for reserving, never for billing."""
+"""How many tokens a call may take, before anybody has counted.
+
+For reserving; and for billing, marked as estimated, where a provider never says.
+"""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ class QuotaPlan:
 
     __slots__ = (
         "_period_keys",
+        "_period_since_ms",
         "_period_until_ms",
         "budgets",
         "denial",
@@ -128,6 +129,7 @@ class QuotaPlan:
         self.is_empty = not self.scopes and not self.budgets
         """Whether nothing limits these calls."""
         self._period_keys: tuple[bytes, ...] = ()
+        self._period_since_ms = 0.0
         self._period_until_ms = 0.0
         self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names, self.budgets)
         smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
@@ -164,9 +166,11 @@ class QuotaPlan:
         """Return where Redis holds the budgets' present periods, for a call that began at *started_ms*."""
         if not self.budgets:
             return ()
-        if started_ms >= self._period_until_ms:
+        if not self._period_since_ms <= started_ms < self._period_until_ms:
             moment = datetime.fromtimestamp(started_ms / 1000, UTC)
             bounds = [period_bounds(budget.period, moment) for budget in self.budgets]
+            # Both ends: a call that began before midnight may come here after one that began behind it.
+            self._period_since_ms = max(starts_at.timestamp() for starts_at, _ in bounds) * 1000
             self._period_until_ms = min(ends_at.timestamp() for _, ends_at in bounds) * 1000
             self._period_keys = tuple(
                 state_key(budget, starts_at) for budget, (starts_at, _) in zip(self.budgets, bounds, strict=True)

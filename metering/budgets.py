@@ -97,6 +97,9 @@ async def set_budget(
     if not 0 <= limit <= BUDGET_LIMIT_MAX:
         raise BudgetInvalid
     await require_scope_target(session, scope[0], scope[1], organization_id=organization_id)
+    # Whoever holds it must not hold up all settlements for long, nor wait for it in front of them.
+    await session.execute(text("SET LOCAL lock_timeout = '2s'"))
+    await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
     # Keeps settlements out until this transaction has ended: none may fall between the sum and the budget.
     await session.execute(text("LOCK TABLE budget_periods IN SHARE ROW EXCLUSIVE MODE"))
     row = await _row(session, scope, period, organization_id=organization_id)
@@ -205,15 +208,19 @@ async def list_events(session: AsyncSession, limit: int, *, organization_id: Org
 
 
 async def reconcile(database: Database, redis: Redis, clock: Clock) -> int:
-    """Put right what Redis holds of every hard budget; return how many reservations were settled for others.
+    """Put right what Redis holds of every budget; return how many reservations were settled for others.
+
+    Of soft ones too, if Redis knows them: it has not counted since they were hard, and they may become so again.
 
     A reservation whose call is in the ledger is charged what the ledger says; one that neither runs nor ended after a
     minute is given back; and Redis knows as much as PostgreSQL then. Errors: what either store raises.
     """
     count = 0
-    async for budget in _hard_budgets(database):
+    async for budget in _budgets(database):
         starts_at = period_bounds(budget.period, clock.now())[0]
         key = state_key(budget, starts_at)
+        if not await cast("Any", redis).exists(key):
+            continue
         # In this order. What was charged before the reservations are read is settled in Redis, or still reserved and
         # found among them; and what Redis has counted by then is all in PostgreSQL afterwards.
         charged_before = await _charged(database, budget, starts_at)
@@ -233,12 +240,12 @@ async def _charged(database: Database, budget: Budget, starts_at: datetime) -> i
         return int(await session.scalar(select(_spent(budget.id, starts_at))) or 0)
 
 
-async def _hard_budgets(database: Database) -> AsyncIterator[Budget]:
-    """Yield every hard budget, a page at a time: nothing is held open while Redis is asked."""
+async def _budgets(database: Database) -> AsyncIterator[Budget]:
+    """Yield every budget, a page at a time: nothing is held open while Redis is asked."""
     last = ""
     while True:
         async with database.transaction() as session:
-            statement = select(BudgetRow).where(BudgetRow.is_hard, BudgetRow.id > last).order_by(BudgetRow.id)
+            statement = select(BudgetRow).where(BudgetRow.id > last).order_by(BudgetRow.id)
             page = [budget_of(row) for row in await session.scalars(statement.limit(200))]
         for budget in page:
             yield budget

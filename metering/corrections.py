@@ -38,9 +38,11 @@ def _difference(entry: Entry, estimated: Any) -> Entry | None:
     units = Units(**{name: getattr(entry.units, name) - estimated[name] for name in Units.__struct_fields__})
     cost = entry.cost_nano_usd - estimated["cost_nano_usd"]
     charge = entry.charge_nano_usd - estimated["charge_nano_usd"]
-    if units == Units() and cost == charge == 0:
-        return None
     result = entry.result
+    # An estimate counts as one request, whatever the provider said to it.
+    requests = result.requests - 1
+    if units == Units() and cost == charge == requests == 0 and not result.is_unpriced:
+        return None
     return Entry(
         request_id=entry.request_id,
         attribution=entry.attribution,
@@ -49,8 +51,8 @@ def _difference(entry: Entry, estimated: Any) -> Entry | None:
             seq=1,
             service_tier=result.service_tier,
             quality=result.quality,
-            is_unpriced=False,
-            requests=0,
+            is_unpriced=result.is_unpriced,
+            requests=requests,
             status=result.status,
             outcome=result.outcome,
             corrects_kind="usage",

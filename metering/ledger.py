@@ -188,14 +188,17 @@ class Ledger:
             if not one.durable.done():
                 one.durable.set_result(None)
 
-    async def _write_entries(self, entries: Sequence[Entry]) -> None:
+    async def _write_entries(self, entries: Sequence[Entry], *, may_lack_partition: bool = True) -> None:
         try:
             rows = await self._entry_writer.fetch(SETTLE, *settle_arguments(entries))
         except asyncpg.CheckViolationError:
             made = await partitions.make_for(self._entry_writer.fetch, [entry.request_id for entry in entries])
-            if not made:
+            if not made or not may_lack_partition:
                 raise
-            await self._write_entries(entries)
+            await self._write_entries(entries, may_lack_partition=False)
+        except asyncpg.ForeignKeyViolationError:
+            # A budget of theirs was deleted meanwhile: the next try, which `GroupCommit` makes, does not see it.
+            raise
         except _REFUSED as error:
             await self._write_apart(entries, error)
         else:

@@ -16,6 +16,7 @@ import structlog
 
 from metering import partitions
 from metering.entries import LOST, SETTLE, Attribution, Entry, Result, settle_arguments
+from metering.prices import terms_of
 from metering.rating import PriceTerms, rate
 from metering.usage import Units
 
@@ -48,7 +49,7 @@ async def sweep(run: Run, *, lease_seconds: float) -> int:
 
 async def _terms(run: Run, orphans: Iterable[Mapping[str, Any]]) -> dict[str, PriceTerms]:
     ids = {orphan[name] for orphan in orphans for name in ("price_id", "charge_price_id")} - {None}
-    return {row["id"]: msgspec.json.decode(row["terms"], type=PriceTerms) for row in await run(_PRICES, list(ids))}
+    return {row["id"]: terms_of(row["id"], msgspec.json.decode(row["terms"])) for row in await run(_PRICES, list(ids))}
 
 
 def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Entry:

@@ -28,7 +28,9 @@ class Writer:
     def __init__(self, url: str, *, statement_seconds_max: float, planning: Mapping[str, str] | None = None) -> None:
         """*planning* holds PostgreSQL's settings for the connection."""
         self._url = driver_url(url)
-        self._settings = {"application_name": "aap-ledger", **(planning or {})}
+        # A statement that waits for a lock does not notice that we are gone: the server ends it, a little after us.
+        timeout_ms = str(int((statement_seconds_max + 1) * 1000))
+        self._settings = {"application_name": "aap-ledger", "statement_timeout": timeout_ms, **(planning or {})}
         self._statement_seconds_max = statement_seconds_max
         self._connection: Any = None
         self._turn = asyncio.Lock()
@@ -40,8 +42,10 @@ class Writer:
             try:
                 return await connection.fetch(statement, *arguments, timeout=self._statement_seconds_max)
             except BaseException as error:
-                if not isinstance(error, asyncpg.PostgresError) or connection.is_closed():
-                    # Silent, broken or cancelled half-way: what it still does, it does without us.
+                is_useless = isinstance(error, asyncpg.ReadOnlySQLTransactionError) or connection.is_closed()
+                if is_useless or not isinstance(error, asyncpg.PostgresError):
+                    # Silent, broken, cancelled half-way, or to a server that became a replica: what it still does, it
+                    # does without us. Looking the server up again may find the new primary.
                     self._drop()
                 raise
 
@@ -70,7 +74,7 @@ class GroupCommit(Generic[_T]):
 
     The first item after a pause is written at once. While a batch is on its way the next one gathers, and
     *pause_seconds* pass from one batch's start to the next's, unless the last had *few_rows* or less. *write* may be
-    given the same items again, and with others; it raises one of `core.database.DOWN` for what another try may better.
+    given the same items again, and with others; whatever it raises, another try is made.
     """
 
     def __init__(
@@ -150,10 +154,15 @@ class GroupCommit(Generic[_T]):
         while True:
             try:
                 await self._write(self._batch)
-            except DOWN as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is: these rows are money, and nobody else has them
                 self.failures += 1
                 if attempt == 0:
-                    _log.warning("group_commit.failing", batch=self._name, error=type(error).__name__)
+                    _log.warning(
+                        "group_commit.failing",
+                        batch=self._name,
+                        error=type(error).__name__,
+                        exc_info=None if isinstance(error, DOWN) else error,
+                    )
                 await asyncio.sleep(_RETRY_SECONDS[min(attempt, len(_RETRY_SECONDS) - 1)])
                 attempt += 1
             else:

@@ -19,7 +19,15 @@ HEADERS_MAX: Final = 100
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
 # Said twice, one of them is read here and the other elsewhere.
 _ONCE_ONLY: Final = frozenset(
-    {b"host", b"transfer-encoding", b"content-length", b"content-type", b"content-encoding", b"expect"}
+    {
+        b"host",
+        b"transfer-encoding",
+        b"content-length",
+        b"content-type",
+        b"content-encoding",
+        b"expect",
+        b"idempotency-key",
+    }
 )
 
 

@@ -25,7 +25,7 @@ UNSCOPED_QUERIES = {
     ("metering/adjustments.py", "_usage"): "an operator names only the call",
     ("metering/budgets.py", "standing"): "the budget names its organization",
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
-    ("metering/budgets.py", "_hard_budgets"): "a worker puts right every organization's",
+    ("metering/budgets.py", "_budgets"): "a worker puts right every organization's",
     ("metering/budgets.py", "_ended"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
     ("metering/verify_redis.py", "compare"): "the operator is shown every organization's budgets",

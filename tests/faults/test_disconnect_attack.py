@@ -73,7 +73,8 @@ async def test_leaving_before_the_last_chunk_is_not_free(
     await writer.close()
     truth = _CHUNKS * words_a_chunk
     assert entry["quality"] == ("exact" if policy == "drain" else "estimated")
-    assert entry["outcome"] == "client_gone"
+    if policy == "abort":  # under `drain` the end may come before the reset is noticed, and is billed all the same
+        assert entry["outcome"] == "client_gone"
     assert truth * share <= entry["output_tokens"] <= truth * (2 - share) + 30
     if policy == "drain":
         assert (entry["input_tokens"], entry["output_tokens"]) == (_PROMPT, truth)

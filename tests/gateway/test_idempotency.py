@@ -554,6 +554,21 @@ class TestKept:
         assert len(provider.received) == 1
         assert await pair.books.states(tenant) == ["too_large"]
 
+    async def test_who_waits_for_a_whole_answer_that_is_too_large_is_told_so(
+        self, pair: Pair, provider: FakeProvider, tenant: Tenant, name: str
+    ) -> None:
+        """Guarantee: never an empty answer in its place."""
+        gate = Gate(*["x" * 60_000] * 20)
+        provider.scripts.append(gate.whole)
+        first = asyncio.create_task(ask(pair.one, tenant, name, chat(_PRICED)))
+        await gate.begun.wait()
+        waiting = asyncio.create_task(ask(pair.one, tenant, name, chat(_PRICED)))
+        await runs(2, pair.one)
+        gate.opened.set()
+        assert len((await first).body) > 1_000_000
+        got = await waiting
+        assert (got.status, got.error()["code"]) == (409, "idempotent_answer_too_large")
+
     async def test_an_answer_that_has_expired_is_as_good_as_none(
         self, pair: Pair, provider: FakeProvider, tenant: Tenant, database: Database, name: str
     ) -> None:

@@ -77,7 +77,7 @@ class Gate:
     async def whole(self, exchange: Exchange) -> None:
         self.begun.set()
         await self.opened.wait()
-        await answer(chat_answer(usage=USED))(exchange)
+        await answer(chat_answer("".join(self.texts), usage=USED))(exchange)
 
     async def stream(self, exchange: Exchange) -> None:
         await exchange.send_head()

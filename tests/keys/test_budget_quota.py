@@ -244,3 +244,14 @@ def test_periods_are_calendar_periods_in_utc(period: str, moment: str, starts: s
         return datetime.fromisoformat(value).replace(tzinfo=UTC)
 
     assert period_bounds(period, at(moment)) == (at(starts), at(ends))  # type: ignore[arg-type]
+
+
+async def test_a_call_from_before_midnight_belongs_to_that_day_also_when_it_comes_late(place: Place) -> None:
+    """Guarantee: its headers came in the old period, its body in the new one, behind others: the old one pays."""
+    day_ms = 86_400_000
+    midnight_ms = now_ms() // day_ms * day_ms
+    plan = QuotaPlan(place.organization_id, [], [place.budget(100, "day")])
+    before, after = plan.budget_keys(midnight_ms - 1), plan.budget_keys(midnight_ms)
+    assert before != after
+    assert plan.budget_keys(midnight_ms - 1) == before
+    assert plan.budget_keys(midnight_ms + 1) == after

@@ -96,3 +96,22 @@ async def test_a_postgresql_that_has_just_started_gives_everybody_the_time_of_a_
     [[up]] = await books.run("SELECT extract(epoch FROM now() - pg_postmaster_start_time())::float8")
     assert await swept(books, up + 100) == []
     assert await swept(books, 0.0) == [request_id]
+
+
+async def test_a_price_that_cannot_be_read_does_not_stop_the_others(books: Books, database: Database) -> None:
+    """Guarantee: a later release's price, left behind by a rollback, makes its own calls unpriced and no more."""
+    async with database.transaction() as session:
+        terms = PriceTerms(tiers={"default": (Step(rates=Rates(input_tokens=10**9, output_tokens=10**9)),)})
+        price = await add_price(session, new_id("m"), terms)
+    [row] = await books.run("SELECT * FROM prices WHERE id = $1", price.id)
+    later = {**dict(row), "id": new_id("price"), "terms": '{"tiers": {}, "of_a_later_release": 1}'}
+    names = ", ".join(later)
+    values = ", ".join(f"${number}" for number in range(1, len(later) + 1))
+    await books.run(f"INSERT INTO prices ({names}) VALUES ({values})", *later.values())
+    books.price_id = later["id"]
+    unreadable = await intend(books, new_id("gw"), age=20, seen=20)
+    books.price_id = price.id
+    readable = await intend(books, new_id("gw"), age=20, seen=20)
+    await swept(books)
+    found = {entry["request_id"]: entry["is_unpriced"] for entry in await books.entries()}
+    assert found == {unreadable: True, readable: False}

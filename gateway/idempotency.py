@@ -169,21 +169,26 @@ class Idempotency:
         finally:
             self._forget(claim)
 
-    async def give_up(self, claim: Claim) -> None:
+    async def give_up(self, claim: Claim, *, was_begun: bool = True) -> None:
         """Keep nothing: the next request is the first again.
+
+        *was_begun* tells whether the ledger was told of the call. If not, a lost call whose claim this was keeps it:
+        the next attempt is billed together with it, not beside it.
 
         Nobody waits long for that: what PostgreSQL cannot be told now, the end of the claim's lease tells it.
         """
         claim.is_settled = True
         self._forget(claim)
         if claim.hold is not None:
-            await asyncio.wait({self._later(self._release(claim.hold))}, timeout=_RELEASE_SECONDS_MAX)
+            await asyncio.wait(
+                {self._later(self._release(claim.hold, was_begun=was_begun))}, timeout=_RELEASE_SECONDS_MAX
+            )
 
-    async def close(self, claim: Claim) -> None:
+    async def close(self, claim: Claim, *, was_begun: bool = True) -> None:
         """End a claim, however its call has ended: who joined has all there is, and nobody waits for more."""
         claim.recording.end(is_void=True)
         if not claim.is_settled:
-            await self.give_up(claim)
+            await self.give_up(claim, was_begun=was_begun)
 
     def _forget(self, claim: Claim) -> None:
         if self._running.get(claim.asked) is claim.recording:
@@ -191,9 +196,12 @@ class Idempotency:
         if claim.hold is not None:
             self._holds.discard(claim.hold)
 
-    async def _release(self, hold: Hold) -> None:
+    async def _release(self, hold: Hold, *, was_begun: bool) -> None:
         try:
-            await self._claims.release(hold.key, hold.request_id)
+            if hold.is_inherited and not was_begun:
+                await self._claims.hand_back(hold)
+            else:
+                await self._claims.release(hold.key, hold.request_id)
         except DOWN as error:
             _log.warning("idempotency.claim_not_released", error=type(error).__name__)
 
@@ -215,7 +223,7 @@ class Idempotency:
         if not taking.cancelled() and taking.exception() is None:
             hold = taking.result()
             if hold is not None:
-                self._later(self._release(hold))
+                self._later(self._release(hold, was_begun=False))
 
     async def _renew(self) -> None:
         """Renew the leases of all claims of this process, as long as there are any."""

@@ -72,6 +72,12 @@ DELETE FROM idempotent_answers
 WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
   AND gateway_id = :gateway_id AND request_id = ANY(CAST(:request_ids AS text[]))
 """)
+# Nobody's, and to be taken over at once, under the same id: that of a lost call, which is or will be in the ledger.
+_HAND_BACK: Final = text("""
+UPDATE idempotent_answers SET gateway_id = '', claimed_at = 'epoch'
+WHERE key_id = :key_id AND idempotency_key = :idempotency_key AND state = 'running'
+  AND gateway_id = :gateway_id AND request_id = :request_id
+""")
 _PRUNE: Final = text("""
 DELETE FROM idempotent_answers WHERE (key_id, idempotency_key) IN (
   SELECT key_id, idempotency_key FROM idempotent_answers WHERE expires_at < now() LIMIT 1000)
@@ -99,10 +105,14 @@ class ClaimKey(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """A claim that this gateway has. The call that answers it goes by *request_id*."""
+    """A claim that this gateway has. The call that answers it goes by *request_id*.
+
+    It *is_inherited* where that is the id of a call that was lost.
+    """
 
     key: ClaimKey
     request_id: str
+    is_inherited: bool = False
 
 
 class KeptAnswer(msgspec.Struct, frozen=True):
@@ -163,7 +173,10 @@ class Claims:
         """
         other = {"other_gateway_id": found.gateway_id, "other_request_id": found.answer.request_id}
         values = {**other, "request_id": request_id, "lost": LOST, "lease": self._lease}
-        return await self._take(_TAKE_OVER, key, values)
+        hold = await self._take(_TAKE_OVER, key, values)
+        if hold is None or hold.request_id != found.answer.request_id:
+            return hold
+        return Hold(key, hold.request_id, is_inherited=True)
 
     async def renew(self, holds: Sequence[Hold]) -> None:
         """Say that *holds* are still worked on."""
@@ -194,6 +207,12 @@ class Claims:
         """Give a claim up that goes by one of *request_ids*: the next request with that key is the first again."""
         async with self._database.transaction() as session:
             await session.execute(_RELEASE, key.named(gateway_id=self.gateway_id, request_ids=list(request_ids)))
+
+    async def hand_back(self, hold: Hold) -> None:
+        """Give up a claim that was inherited and led to no call: the next request inherits it in turn."""
+        async with self._database.transaction() as session:
+            values = hold.key.named(gateway_id=self.gateway_id, request_id=hold.request_id)
+            await session.execute(_HAND_BACK, values)
 
     async def _take(self, statement: Any, key: ClaimKey, values: dict[str, Any]) -> Hold | None:
         async with self._database.transaction() as session:

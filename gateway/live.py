@@ -1,4 +1,4 @@
-"""The calls that run in this process, and one clock for all: time-outs, keep-alive comments, leases, interruption.
+"""The calls that run in this process, and one clock for all: keep-alive comments and leases; how calls are broken off.
 
 One timer for the process instead of several per call: a call costs two set operations here.
 """

@@ -53,7 +53,7 @@ class Once:
             claim.recording.end(error)
             raise
         finally:
-            await self._idempotency.close(claim)
+            await self._idempotency.close(claim, was_begun=exchange.intent is not None)
         if claim.hold is None:
             await _pass_on(run, claim.recording)
 

@@ -30,7 +30,8 @@ _EXHAUSTED: Final = 2
 _UNKNOWN: Final = 3
 # A call under several budgets may meet each of them for the first time.
 _SEEDS_MAX: Final = 10
-# Calls that Redis had admitted before it forgot them are in PostgreSQL by then, or were refused.
+# Calls that Redis had admitted before it forgot them are in PostgreSQL by then, unless that is slow: what is written
+# later, two seconds at most, is missing until `reconcile` finds it (docs/failure-modes.md).
 _SEED_PAUSE_SECONDS: Final = 0.05
 
 

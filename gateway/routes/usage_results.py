@@ -223,4 +223,6 @@ def transcriptions_result(used: Usage) -> AudioTranscriptionsResult:
 def costs_result(used: Usage) -> CostsResult:
     """Return the charge of one group."""
     amount = Amount(msgspec.Raw(usd_text(used.charge_nano_usd).encode()))
-    return CostsResult(project_id=used.project_id, api_key_id=used.key_id, line_item=used.model, amount=amount)
+    # A credit to an organization is no project's and no key's: OpenAI's form has null there.
+    project_id, key_id = used.project_id or None, used.key_id or None
+    return CostsResult(project_id=project_id, api_key_id=key_id, line_item=used.model, amount=amount)

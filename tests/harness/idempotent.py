@@ -71,13 +71,14 @@ class Gate:
 
     def __init__(self, *texts: str) -> None:
         self.texts = texts or ("a", "b")
+        self.said = "".join(texts) or "hi"
         self.begun = asyncio.Event()
         self.opened = asyncio.Event()
 
     async def whole(self, exchange: Exchange) -> None:
         self.begun.set()
         await self.opened.wait()
-        await answer(chat_answer("".join(self.texts), usage=USED))(exchange)
+        await answer(chat_answer(self.said, usage=USED))(exchange)
 
     async def stream(self, exchange: Exchange) -> None:
         await exchange.send_head()

@@ -58,6 +58,7 @@ AMBIGUOUS = {
     "quoted chunks": ([b'transfer-encoding: "chunked"', _LENGTH], _BODY),
     "two lengths": ([_LENGTH, b"content-length: 0"], _BODY),
     "two lengths in one": ([b"content-length: %d, 0" % len(_BODY)], _BODY),
+    "two idempotency keys": ([_LENGTH, b"idempotency-key: a", b"idempotency-key: b"], _BODY),
     "a positive sign": ([b"content-length: +%d" % len(_BODY)], _BODY),
     "a negative length": ([b"content-length: -1"], _BODY),
     "a hexadecimal length": ([b"content-length: 0x10"], _BODY),

@@ -83,9 +83,8 @@ async def open_answer(
         exchange.deployment = deployment
         is_first = deployment not in failed
         try:
-            permit = policy.meter.begin(exchange, deployment, request.prompt_tokens)
-            # From here on a provider may have read the prompt; what it reports, if it does, replaces the estimate.
-            exchange.tokens_estimated, exchange.is_estimated = (request.prompt_tokens, 0), True
+            permit = policy.meter.begin(exchange, deployment, request)
+            exchange.sent(request)
             call = UpstreamCall(exchange.endpoint, request, deployment, permit)
             answer = await policy.upstreams[deployment.provider.settings.kind].open(call)
             # An answer that is not streamed is judged by its status alone.
@@ -99,7 +98,7 @@ async def open_answer(
             policy.router.released(deployment)
             if not was_seen and (isinstance(error, AppError) or not is_permitted(exchange.intent)):
                 # Refused on our side, or given up before it was sent: no provider has seen it.
-                exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
+                exchange.unseen()
             raise
         else:
             policy.router.succeeded(deployment)
@@ -109,7 +108,7 @@ async def open_answer(
     assert last is not None
     if not was_seen:
         # Refused, or never reached: nothing was used.
-        exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
+        exchange.unseen()
     return _ended(last), b""
 
 

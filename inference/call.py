@@ -24,11 +24,13 @@ from inference.upstreams.http1_errors import (
     UpstreamError,
 )
 from inference.upstreams.sse import SseRelay
-from inference.usage import reported_in
+from inference.usage import counted_in, last_cue_seconds, reported_in, transcript_text
 from inference.wire import ParsedRequest, parse
 from keys.limits import QuotaPlan
 from keys.quota import Quota
+from metering.normalise import units_of
 from metering.rating import known_tier
+from metering.usage import NO_MEDIA, NO_UNITS, Media
 
 # An unstreamed answer is held in memory whole; images and large batches of embeddings stay below this.
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
@@ -117,7 +119,18 @@ class Inference:
 class Call:
     """A call whose answer has begun. Exactly one task reads it."""
 
-    __slots__ = ("_answer", "_exchange", "_first", "_meter", "_relay", "content_type", "headers", "is_stream", "status")
+    __slots__ = (
+        "_answer",
+        "_exchange",
+        "_first",
+        "_meter",
+        "_relay",
+        "_wants_text",
+        "content_type",
+        "headers",
+        "is_stream",
+        "status",
+    )
 
     def __init__(
         self, exchange: Exchange, request: ParsedRequest, answer: Answer, first: bytes, meter: CallMeter
@@ -126,6 +139,7 @@ class Call:
         self._meter = meter
         self._answer = answer
         self._first = first
+        self._wants_text = request.wants_text
         self.status = answer.status
         self.headers = answer.headers
         self.content_type = _content_type(answer)
@@ -156,16 +170,24 @@ class Call:
             raise translated(error) from error
         exchange = self._exchange
         exchange.outcome = "done"
-        if self.status < 300:
-            reported = reported_in(body)
-            exchange.usage = reported.usage
-            exchange.service_tier = known_tier(reported.service_tier)
-            exchange.is_estimated = reported.usage is None
-            if reported.usage is None:
-                exchange.tokens_estimated = (exchange.tokens_estimated[0], estimate_text_tokens(body))
-        else:
-            exchange.tokens_estimated, exchange.is_estimated = (0, 0), False
-        return body
+        if self.status >= 300:
+            exchange.unseen()
+            return body
+        reported = reported_in(body)
+        usage = exchange.usage = reported.usage
+        exchange.service_tier = known_tier(reported.service_tier)
+        exchange.is_estimated = usage is None
+        if usage is None or (exchange.media_estimated is not NO_MEDIA and units_of(usage) == NO_UNITS):
+            _count(exchange, body)
+        return self._as_text(body) if self._wants_text else body
+
+    def _as_text(self, body: bytes) -> bytes:
+        """Return a transcript as it was asked for: it came as JSON, which says what it took."""
+        text = transcript_text(body)
+        if text is None:
+            return body
+        self.content_type = b"text/plain; charset=utf-8"
+        return text
 
     async def read(self) -> bytes:
         """Return the next bytes for the caller; b"" at the end. Errors: UpstreamUnreachable, UpstreamTimedOut."""
@@ -213,9 +235,21 @@ class Call:
             exchange.service_tier = known_tier(relay.service_tier)
             exchange.is_estimated = False
         else:
-            exchange.tokens_estimated = (exchange.tokens_estimated[0], relay.observed_tokens)
+            exchange.observed(relay.observed_tokens)
         if relay.error is not None:
             exchange.error_code = "upstream_error_after_first_byte"
+
+
+def _count(exchange: Exchange, body: bytes) -> None:
+    """Note what can be seen of an answer that reports no usage."""
+    endpoint = exchange.endpoint
+    exchange.usage = counted_in(endpoint.operation, body)
+    exchange.is_estimated = exchange.usage is None
+    seconds = last_cue_seconds(body) if endpoint.operation == "transcription" else None
+    if seconds is not None:
+        exchange.media_estimated = Media(0, seconds)
+    elif endpoint.generates_tokens:
+        exchange.observed(estimate_text_tokens(body))
 
 
 def _content_type(answer: Answer) -> bytes:

@@ -8,11 +8,12 @@ import time
 from inference.catalog import Deployment
 from inference.endpoints import Endpoint
 from inference.upstreams.sse import SseRelay
+from inference.wire import ParsedRequest
 from keys.principal import Principal
 from keys.quota import Reservation
-from metering.normalise import OpenAIUsage
+from metering.normalise import CountedUsage, OpenAIUsage
 from metering.prices import CallPrices
-from metering.usage import Units
+from metering.usage import NO_MEDIA, Media, Units
 
 
 class Exchange:
@@ -29,6 +30,7 @@ class Exchange:
         "intent",
         "is_estimated",
         "is_stream",
+        "media_estimated",
         "model",
         "outcome",
         "prices",
@@ -61,9 +63,11 @@ class Exchange:
         self.attempts = 0
         self.status = 0
         self.upstream_status = 0
-        self.usage: OpenAIUsage | None = None
+        self.usage: OpenAIUsage | CountedUsage | None = None
         self.is_estimated = False
         self.tokens_estimated: tuple[int, int] = (0, 0)
+        self.media_estimated: Media = NO_MEDIA
+        """Of a call that is not billed by its text: where this is not nothing, the tokens are."""
         # done | client_gone | interrupted | upstream_failed | refused | replayed | broken
         self.outcome = "refused"
         self.error_code: str | None = None
@@ -72,16 +76,32 @@ class Exchange:
         self.prices: CallPrices | None = None
         self.service_tier = "default"
         self.units: Units | None = None
-        self.usage_rated: OpenAIUsage | None = None
+        self.usage_rated: OpenAIUsage | CountedUsage | None = None
         """Of which usage `units` and the amounts are."""
         self.cost_nano_usd: int | None = 0
         self.charge_nano_usd: int | None = 0
         self.relay: SseRelay | None = None
 
+    def sent(self, request: ParsedRequest) -> None:
+        """Note that from here on a provider may have read the request; what it reports replaces the estimate."""
+        self.tokens_estimated, self.media_estimated = (request.prompt_tokens, 0), request.media
+        self.is_estimated = True
+
+    def unseen(self) -> None:
+        """Note that no provider has read the request, or none bills for it: nothing was used."""
+        self.tokens_estimated, self.media_estimated, self.is_estimated = (0, 0), NO_MEDIA, False
+
+    def observed(self, output_tokens: int) -> None:
+        """Note how much has come out, for as long as nobody reports it. Pictures and sound are no text."""
+        if self.media_estimated is NO_MEDIA:
+            self.tokens_estimated = (self.tokens_estimated[0], output_tokens)
+
     @property
     def observed_output_tokens(self) -> int:
         """How many tokens have come out so far, as far as that can be seen."""
-        return 0 if self.relay is None else self.relay.observed_tokens
+        if self.relay is None or self.media_estimated is not NO_MEDIA:
+            return 0
+        return self.relay.observed_tokens
 
     @property
     def tokens(self) -> tuple[int, int]:

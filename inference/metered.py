@@ -20,10 +20,10 @@ from keys.quota import NOTHING, Spend
 from metering.entries import Attribution, Entry, Intent, Quality, Result
 from metering.errors import LedgerUnavailable, PriceUnknown
 from metering.ledger import Ledger
-from metering.normalise import reported_cost, units_of
+from metering.normalise import OpenAIUsage, reported_cost, units_of
 from metering.prices import CallPrices, Price, PriceBook
 from metering.rating import rate, worst_case
-from metering.usage import NO_UNITS, Units
+from metering.usage import NO_MEDIA, NO_UNITS, Units
 
 _COUNT_MAX: Final = 2**31 - 1
 _UNPRICED: Final = CallPrices(cost=None, charge=None)
@@ -55,7 +55,7 @@ class CallMeter:
             dearest = max(dearest, most)
         return Spend(dearest, exchange.started_ms)
 
-    def begin(self, exchange: Exchange, deployment: Deployment, prompt_tokens: int) -> asyncio.Future[None]:
+    def begin(self, exchange: Exchange, deployment: Deployment, request: ParsedRequest) -> asyncio.Future[None]:
         """Write down that the call is about to reach *deployment*; return what is done once that is durable.
 
         Errors: LedgerUnavailable, also from the future.
@@ -65,9 +65,10 @@ class CallMeter:
         intent = Intent(
             exchange.request_id,
             _attribution(exchange, deployment),
-            min(prompt_tokens, _COUNT_MAX),
+            min(request.prompt_tokens, _COUNT_MAX) if request.media is NO_MEDIA else 0,
             0 if reservation is None else reservation.nano_usd_max,
             exchange.started_ms,
+            request.media,
         )
         exchange.intent = self._ledger.intend(intent)
         return exchange.intent
@@ -80,10 +81,8 @@ class CallMeter:
                 return
             exchange.usage_rated = usage
             units = units_of(usage)
-        elif exchange.tokens_estimated == (0, 0):
-            units = NO_UNITS
         else:
-            units = _estimated(*exchange.tokens_estimated)
+            units = _estimated(exchange)
         exchange.units = units
         prices = exchange.prices or _UNPRICED
         tier = exchange.service_tier
@@ -116,7 +115,7 @@ class CallMeter:
             exchange.status,
             exchange.outcome,
         )
-        reported = None if exchange.usage is None else reported_cost(exchange.usage)
+        reported = reported_cost(exchange.usage) if isinstance(exchange.usage, OpenAIUsage) else None
         if reported is not None:
             result = result._replace(reported_cost_nano_usd=reported)
         duration_ms = (time.perf_counter() - exchange.started_at) * 1000
@@ -193,7 +192,14 @@ def _result(
     return Result("usage", 0, service_tier, quality, is_unpriced, requests, status, outcome)
 
 
-def _estimated(prompt_tokens: int, output_tokens: int) -> Units:
+def _estimated(exchange: Exchange) -> Units:
+    """Return what a call has used as far as that can be seen: pictures or sound if it is billed by these, else text."""
+    media = exchange.media_estimated
+    if media is not NO_MEDIA:
+        return Units(images=media.images, audio_seconds=media.audio_seconds)
+    prompt_tokens, output_tokens = exchange.tokens_estimated
+    if not prompt_tokens and not output_tokens:
+        return NO_UNITS
     return Units(input_tokens=min(prompt_tokens, _COUNT_MAX), output_tokens=min(output_tokens, _COUNT_MAX))
 
 

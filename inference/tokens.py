@@ -16,6 +16,8 @@ _BYTES_PER_TOKEN: Final = 4
 _LOOK_INTO_BYTES: Final = 32_768
 # A picture at high detail of 1024 x 1024 is 765 tokens with gpt-4o; larger ones are scaled (OpenAI's vision guide).
 _TOKENS_PER_MEDIUM: Final = 1_500
+# 128 kbit/s, what most MP3 files have; speech is often recorded at a half of it, and uncompressed at the double.
+_BYTES_PER_SECOND: Final = 16_000
 # Reserved when a caller sets no maximum: most answers are shorter, and a full reservation would make limits useless
 # (BerriAI/litellm#27509).
 _OUTPUT_TOKENS_DEFAULT: Final = 1_024
@@ -37,6 +39,11 @@ def estimate_prompt_tokens(fields: dict[str, msgspec.Raw], body_bytes: int) -> i
 def estimate_text_tokens(body: bytes) -> int:
     """Return about how many tokens an answer has whose provider does not say; its JSON counts with it."""
     return len(body) // _BYTES_PER_TOKEN
+
+
+def estimate_audio_seconds(body_bytes: int) -> int:
+    """Return about how long a recording is that nobody has listened to yet: never zero, and not exact."""
+    return body_bytes // _BYTES_PER_SECOND + 1
 
 
 def estimate_output_tokens(fields: dict[str, msgspec.Raw], output_tokens_max: int) -> int:

@@ -1,12 +1,13 @@
-"""What a provider says that an answer took."""
+"""What an answer took: as its provider says, or as can be counted in it."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import msgspec
 
-from metering.normalise import OpenAIUsage, is_credible
+from metering.normalise import CountedUsage, OpenAIUsage, is_credible
 
 
 class Reported(msgspec.Struct, frozen=True, gc=False):
@@ -16,16 +17,66 @@ class Reported(msgspec.Struct, frozen=True, gc=False):
     service_tier: str | None = None
 
 
+class _Images(msgspec.Struct, frozen=True, gc=False):
+    """An answer with pictures."""
+
+    data: list[msgspec.Raw] = []
+
+
+class _Transcript(msgspec.Struct, frozen=True, gc=False):
+    """A transcript in JSON. The verbose form says how long the recording is."""
+
+    text: str
+    duration: float | None = None
+
+
 _answer: Final = msgspec.json.Decoder(Reported)
+_images: Final = msgspec.json.Decoder(_Images)
+# OpenAI's verbose form once gave the duration as text.
+_transcript: Final = msgspec.json.Decoder(_Transcript, strict=False)
 _NOTHING: Final = Reported()
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+# Where a cue of SubRip or WebVTT ends; WebVTT may leave the hours out.
+_CUE_END: Final = re.compile(rb"-->[ \t]*(?:(\d+):)?(\d\d):(\d\d)[,.](\d{3})")
 
 
 def reported_in(body: bytes) -> Reported:
     """Return what an unstreamed answer reports; nothing where it cannot be read, or no model can have used so much."""
     try:
         reported = _answer.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return _NOTHING
     if reported.usage is not None and not is_credible(reported.usage):
         return Reported(service_tier=reported.service_tier)
     return reported
+
+
+def counted_in(operation: str, body: bytes) -> CountedUsage | None:
+    """Return what can be counted in an answer that reports no usage; None where nothing can.
+
+    Pictures are billed by their number, transcripts by the recording's duration, as far as the answer says it.
+    """
+    try:
+        if operation == "image_generation":
+            counted = CountedUsage(images=len(_images.decode(body).data))
+        elif operation == "transcription":
+            counted = CountedUsage(seconds=_transcript.decode(body).duration or 0.0)
+        else:
+            return None
+    except _UNREADABLE:
+        return None
+    return counted if is_credible(counted) and any(msgspec.structs.astuple(counted)) else None
+
+
+def last_cue_seconds(body: bytes) -> int | None:
+    """Return when the last cue of subtitles ends, rounded up: the recording is at least that long. None: no cues."""
+    ends = [int(h or 0) * 3600 + int(m) * 60 + int(s) + (ms != b"000") for h, m, s, ms in _CUE_END.findall(body)]
+    return max(ends, default=None)
+
+
+def transcript_text(body: bytes) -> bytes | None:
+    """Return the text of a transcript in JSON as a provider gives it for text; None for anything else."""
+    try:
+        return _transcript.decode(body).text.encode() + b"\n"
+    except _UNREADABLE:
+        return None

@@ -15,7 +15,13 @@ from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
 from inference.endpoints import Endpoint
 from inference.errors import BodyInvalid
-from inference.tokens import count_choices, estimate_output_tokens, estimate_prompt_tokens
+from inference.tokens import (
+    count_choices,
+    estimate_audio_seconds,
+    estimate_output_tokens,
+    estimate_prompt_tokens,
+)
+from metering.usage import NO_MEDIA, Media
 
 Fields = dict[str, msgspec.Raw]
 _T = TypeVar("_T")
@@ -56,6 +62,10 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     output_tokens: int = 0
     """The most that may come out, for each of *choices*."""
     choices: int = 1
+    media: Media = NO_MEDIA
+    """What of an answer is billed by the piece or by time, as far as the request says."""
+    wants_text: bool = False
+    """Whether a transcript is wanted as text: asked for as JSON, which says what it took."""
 
     def __repr__(self) -> str:
         return f"ParsedRequest({self.model!r}, {len(self.body)} bytes)"
@@ -64,7 +74,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
         fields = self.fields
         if fields is None:
-            return self.body if model == self.model else _renamed(self.body, self.model, model)
+            form = _with_value(self.body, "response_format", "text", "json") if self.wants_text else self.body
+            return form if model == self.model else _with_value(form, "model", self.model, model)
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
@@ -85,14 +96,17 @@ def parse(endpoint: Endpoint, content_type: bytes, body: bytes, output_tokens_ma
     is_stream = endpoint.can_stream and "stream" in fields and bool(_decode(_flag, fields["stream"], "stream"))
     prompt_tokens = estimate_prompt_tokens(fields, len(body))
     output_tokens, choices = 0, 1
+    media = NO_MEDIA
     if endpoint.generates_tokens:
         output_tokens = estimate_output_tokens(fields, output_tokens_max)
         choices = count_choices(fields)
+    elif endpoint.operation == "image_generation":
+        media = Media(count_choices(fields), 0)
     shows_usage, shows_cost = True, False
     if is_stream and endpoint.has_usage_option:
         shows_usage, shows_cost = _ask_for_usage(fields)
     return ParsedRequest(
-        fields, body, JSON, model, is_stream, shows_usage, shows_cost, prompt_tokens, output_tokens, choices
+        fields, body, JSON, model, is_stream, shows_usage, shows_cost, prompt_tokens, output_tokens, choices, media
     )
 
 
@@ -144,18 +158,17 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: s
         raise BodyInvalid(f"Invalid type or value for '{name}'.", param=name) from None
 
 
-def _renamed(form: bytes, model: str, wanted: str) -> bytes:
-    """Return *form* with its `model` part saying *wanted*. Errors: BodyInvalid unless there is exactly one."""
+def _with_value(form: bytes, name: str, value: str, wanted: str) -> bytes:
+    """Return *form* whose part *name* says *wanted* for *value*. Errors: BodyInvalid unless there is exactly one."""
     part = re.compile(
-        rb'(content-disposition:[^\r\n]*;\s*name="?model"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)'
-        + re.escape(model.encode())
-        + rb"(?=\r\n--)",
+        rb"(content-disposition:[^\r\n]*;\s*name=\"?%b\"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)%b(?=\r\n--)"
+        % (name.encode(), re.escape(value.encode())),
         re.IGNORECASE,
     )
-    renamed, count = part.subn(lambda found: found[1] + wanted.encode(), form)
+    changed, count = part.subn(lambda found: found[1] + wanted.encode(), form)
     if count != 1:
-        raise BodyInvalid("Invalid form: the model part is not in its usual form.", param="model")
-    return renamed
+        raise BodyInvalid(f"Invalid form: the {name} part is not in its usual form.", param=name)
+    return changed
 
 
 def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
@@ -163,14 +176,22 @@ def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
 
     A second `model` part is refused: the provider might read the other one.
     """
-    values = _form_texts(content_type, body, {"model", "stream"})
+    values = _form_texts(content_type, body, {"model", "stream", "response_format"})
     models = values.get("model", [])
     if not models:
         raise BodyInvalid("you must provide a model parameter")
-    if len(models) > 1 or len(values.get("stream", [])) > 1:
+    if any(len(found) > 1 for found in values.values()):
         raise BodyInvalid("Invalid form: a field is given twice.", param="model")
     is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
-    return ParsedRequest(None, body, content_type, checked_model(models[0]), is_stream)
+    return ParsedRequest(
+        None,
+        body,
+        content_type,
+        checked_model(models[0]),
+        is_stream,
+        media=Media(0, estimate_audio_seconds(len(body))),
+        wants_text=values.get("response_format") == ["text"] and not is_stream,
+    )
 
 
 def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
-from metering.usage import Units
+from metering.usage import NO_MEDIA, Media, Units
 
 Quality = Literal["exact", "estimated"]
 EntryKind = Literal["usage", "adjustment", "credit"]
@@ -43,6 +43,7 @@ class Intent(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     reserved_nano_usd: int
     started_ms: int
+    media: Media = NO_MEDIA
 
 
 class Result(NamedTuple):
@@ -88,6 +89,7 @@ _SHARED_UNITS: Final = (
     "images",
     "audio_seconds",
 )
+_INTENT_NAMES: Final = (*Attribution._fields, *Media._fields)
 _NO_SHARED_UNITS: Final = (0,) * len(_SHARED_UNITS)
 _SHARED_NAMES: Final = (*Attribution._fields, *Result._fields, *_SHARED_UNITS)
 
@@ -144,19 +146,20 @@ def _shared_units(units: Units) -> tuple[int, ...]:
 
 def intend_arguments(gateway_id: str, intents: Sequence[Intent]) -> list[str]:
     """Return the arguments of metering/intend.sql for *intents*, of which no two are of one call."""
-    places: dict[int, int] = {}
-    shared: list[Attribution] = []
+    places: dict[tuple[int, Media], int] = {}
+    shared: list[tuple[Attribution, Media]] = []
     own: list[tuple[str, int, int, int, int]] = []
     for intent in intents:
         attribution = intent.attribution
-        place = places.get(id(attribution))
+        key = (id(attribution), intent.media)
+        place = places.get(key)
         if place is None:
-            shared.append(attribution)
-            place = places[id(attribution)] = len(shared)
+            shared.append((attribution, intent.media))
+            place = places[key] = len(shared)
         own.append((intent.request_id, place, intent.prompt_tokens, intent.reserved_nano_usd, intent.started_ms))
     named = [
-        {"n": place, **dict(zip(Attribution._fields, attribution, strict=True))}
-        for place, attribution in enumerate(shared, 1)
+        {"n": place, **dict(zip(_INTENT_NAMES, (*attribution, *media), strict=True))}
+        for place, (attribution, media) in enumerate(shared, 1)
     ]
     return [gateway_id, *_arrays(own), _encode(named).decode()]
 

@@ -4,18 +4,18 @@
 INSERT INTO usage_intents (
   request_id, gateway_id, started_at,
   prompt_tokens, reserved_nano_usd, organization_id, project_id, key_id, secret_id, model, deployment,
-  operation, price_id, charge_price_id
+  operation, price_id, charge_price_id, images, audio_seconds
 )
 SELECT
   request_id, $1::text, timestamptz 'epoch' + started_ms * interval '1 millisecond',
   prompt_tokens, reserved_nano_usd, organization_id, project_id, key_id, secret_id, model, deployment,
-  operation, price_id, charge_price_id
+  operation, price_id, charge_price_id, images, audio_seconds
 FROM unnest(
   $2::text::text[], $3::text::int8[], $4::text::int4[], $5::text::int8[], $6::text::int8[]
 ) AS o (request_id, n, prompt_tokens, reserved_nano_usd, started_ms)
 JOIN json_to_recordset($7::text::json) AS s (
   n int8, organization_id text, project_id text, key_id text, secret_id text, model text, deployment text,
-  operation text, price_id text, charge_price_id text
+  operation text, price_id text, charge_price_id text, images int4, audio_seconds int4
 ) USING (n)
 ON CONFLICT (request_id) DO UPDATE SET
   gateway_id = excluded.gateway_id, checkpoint_at = now(),
@@ -29,4 +29,6 @@ ON CONFLICT (request_id) DO UPDATE SET
   deployment = excluded.deployment,
   operation = excluded.operation,
   price_id = excluded.price_id,
-  charge_price_id = excluded.charge_price_id
+  charge_price_id = excluded.charge_price_id,
+  images = excluded.images,
+  audio_seconds = excluded.audio_seconds

@@ -110,6 +110,17 @@ class OpenAIUsage(_Part, frozen=True, kw_only=True, gc=False):
         return self.prompt_tokens or self.input_tokens or 0, self.completion_tokens or self.output_tokens or 0
 
 
+class CountedUsage(_Part, frozen=True, kw_only=True, gc=False):
+    """What can be counted in an answer whose provider reports no usage."""
+
+    images: int = 0
+    seconds: float = 0.0
+
+    def counts(self) -> tuple[int, int]:
+        """Return tokens in and out: none."""
+        return 0, 0
+
+
 class AnthropicUsage(_Part, frozen=True, kw_only=True, gc=False):
     """Usage of Anthropic's Messages API. `input_tokens` holds neither what was read from nor written to the cache."""
 
@@ -145,13 +156,15 @@ class GeminiUsage(_Part, frozen=True, kw_only=True, gc=False, rename="camel"):
     candidates_tokens_details: tuple[ModalityCount, ...] | None = None
 
 
-Usage: TypeAlias = OpenAIUsage | AnthropicUsage | GeminiUsage
+Usage: TypeAlias = OpenAIUsage | CountedUsage | AnthropicUsage | GeminiUsage
 
 
 def units_of(usage: Usage) -> Units:
     """Return *usage* in disjoint dimensions. Seconds of audio are rounded up. Ask `is_credible` first."""
     if isinstance(usage, OpenAIUsage):
         return _of_openai(usage)
+    if isinstance(usage, CountedUsage):
+        return Units(images=usage.images, audio_seconds=math.ceil(usage.seconds))
     return _of_anthropic(usage) if isinstance(usage, AnthropicUsage) else _of_gemini(usage)
 
 
@@ -165,6 +178,8 @@ def is_credible(usage: Usage) -> bool:
             return 0 < prompt <= COUNT_MAX and 0 < completion <= COUNT_MAX and 0 < total <= COUNT_MAX
         counts = (usage.prompt_tokens, usage.completion_tokens, usage.input_tokens, usage.output_tokens)
         rest = (usage.total_tokens, usage.seconds, usage.prompt_audio_seconds)
+    elif isinstance(usage, CountedUsage):
+        counts, rest = (usage.images,), (usage.seconds,)
     elif isinstance(usage, AnthropicUsage):
         counts = (usage.input_tokens, usage.output_tokens, usage.cache_creation_input_tokens)
         rest = (usage.cache_read_input_tokens, _written(usage.cache_creation))

@@ -53,8 +53,13 @@ async def _terms(run: Run, orphans: Iterable[Mapping[str, Any]]) -> dict[str, Pr
 
 
 def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Entry:
-    """Return what is known of a lost call: its prompt as it was estimated, its output as it was last seen."""
-    units = Units(input_tokens=orphan["prompt_tokens"], output_tokens=orphan["observed_output_tokens"])
+    """Return what is known of a lost call: what went in as it was estimated, its output as it was last seen."""
+    units = Units(
+        input_tokens=orphan["prompt_tokens"],
+        output_tokens=orphan["observed_output_tokens"],
+        images=orphan["images"],
+        audio_seconds=orphan["audio_seconds"],
+    )
     cost = _rated(units, terms.get(orphan["price_id"] or ""))
     charge = _rated(units, terms.get(orphan["charge_price_id"] or ""))
     return Entry(

@@ -106,6 +106,10 @@ class UsageIntentRow(Table):
     prompt_tokens: Mapped[int] = mapped_column(Integer)
     """As estimated before anybody has counted."""
     observed_output_tokens: Mapped[int] = mapped_column(Integer, server_default="0")
+    images: Mapped[int] = mapped_column(Integer, server_default="0")
+    """As asked for."""
+    audio_seconds: Mapped[int] = mapped_column(Integer, server_default="0")
+    """As estimated by the size of the recording."""
     reserved_nano_usd: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The most that the call can cost, where a hard budget holds; else 0."""
     started_at: Mapped[datetime] = mapped_column(_WHEN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -47,5 +47,13 @@ class Units(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         return self.output_tokens + self.reasoning_tokens + self.output_audio_tokens + self.output_image_tokens
 
 
+class Media(NamedTuple):
+    """What a call takes that no token counts, estimated before it has ended: what is known if it never does."""
+
+    images: int
+    audio_seconds: int
+
+
+NO_MEDIA: Final = Media(0, 0)
 UNIT_NAMES: Final[tuple[str, ...]] = Units.__struct_fields__
 NO_UNITS: Final = Units()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from core.database import Database
@@ -10,7 +11,7 @@ from metering.entries import INTEND, LOST, SETTLE, intend_arguments, settle_argu
 from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
 from metering.sweeper import sweep
-from metering.usage import Units
+from metering.usage import Media, Units
 from tests.metering.conftest import Books
 
 LEASE = 15.0
@@ -63,6 +64,21 @@ async def test_a_dead_gateways_call_is_billed_its_prompt_and_what_was_seen_of_it
     assert entry["cost_nano_usd"] == entry["charge_nano_usd"] == 100 * 1000 + 40 * 3000
     assert (entry["outcome"], entry["requests"], entry["is_unpriced"]) == (LOST, 1, False)
     assert await books.intents() == []
+
+
+async def test_a_lost_call_for_pictures_is_billed_the_pictures(books: Books, database: Database) -> None:
+    async with database.transaction() as session:
+        terms = PriceTerms(tiers={"default": (Step(rates=Rates(images=40_000_000 * 10**6)),)})
+        books.price_id = (await add_price(session, new_id("m"), terms)).id
+    lost = msgspec.structs.replace(books.intent(prompt=0), media=Media(2, 0))
+    await books.run(INTEND, *intend_arguments(new_id("gw"), [books.intent(prompt=0), lost]))
+    await books.run(
+        "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
+    )
+    await swept(books)
+    found = {entry["request_id"]: (entry["images"], entry["cost_nano_usd"]) for entry in await books.entries()}
+    assert found.pop(lost.request_id) == (2, 80_000_000)
+    assert list(found.values()) == [(0, 0)]
 
 
 async def test_who_is_alive_keeps_its_calls(books: Books) -> None:

@@ -1,0 +1,206 @@
+"""Calls that are not billed by their text: pictures by the piece, recordings by the second."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from core.database import Database
+from metering.prices import add_price
+from metering.rating import PriceTerms, Rates, Step
+from metering.writer import Writer
+from tests.harness.gateway import Gateway, config_for
+from tests.harness.place import Place
+from tests.harness.provider import Exchange, FakeProvider, answer
+from tests.harness.raw import RawConnection, call, post
+from tests.harness.stores import TestStores
+from tests.harness.tenant import Tenant, new_tenant
+
+USD = 10**9 * 10**6
+"""A rate of a dollar a unit."""
+PRICES = {
+    "draw": Rates(images=USD // 25),
+    "draw-by-tokens": Rates(input_tokens=10**9, output_tokens=10**9),
+    "hear": Rates(audio_seconds=USD // 10_000, input_tokens=0, output_tokens=0),
+    "embed": Rates(input_tokens=10**9, output_tokens=10**12),
+}
+IMAGES = "/v1/images/generations"
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
+PICTURE = {"b64_json": "iVBORw0KGgo" * 5_000}
+
+
+@pytest.fixture(scope="session")
+async def place(
+    stores: TestStores,
+    database: Database,
+    redis: Redis,
+    shared_provider: FakeProvider,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Place]:
+    directory: Path = tmp_path_factory.mktemp("media")
+    async with database.transaction() as session:
+        for model, rates in PRICES.items():
+            await add_price(session, model, PriceTerms(tiers={"default": (Step(rates=rates),)}))
+    writer = Writer(stores.database_url, statement_seconds_max=10)
+    async with Gateway(stores, directory, config_for(shared_provider.base_url, models=tuple(PRICES))) as gateway:
+        yield Place(gateway, database, redis, writer)
+    await writer.close()
+
+
+def asked(**fields: Any) -> bytes:
+    return msgspec.json.encode({"prompt": "a cat", **fields})
+
+
+def pictures(count: int, **more: Any) -> bytes:
+    return msgspec.json.encode({"created": 1, "data": [PICTURE] * count, **more})
+
+
+def recording(*, bytes_long: int = 100, **fields: str) -> bytes:
+    """A form as OpenAI's clients send it."""
+    parts = "".join(
+        f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields.items()
+    )
+    file = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.mp3"\r\nContent-Type: audio/mpeg\r\n\r\n'
+    return (parts + file).encode() + b"x" * bytes_long + b"\r\n--b--\r\n"
+
+
+def transcribe(tenant: Tenant, form: bytes) -> bytes:
+    return post(TRANSCRIPTIONS, tenant.key, form, content_type="multipart/form-data; boundary=b")
+
+
+class TestPictures:
+    async def test_pictures_are_billed_by_the_piece_where_nobody_reports_usage(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        provider.scripts.append(answer(pictures(3)))
+        got = await call(place.port, post(IMAGES, tenant.key, asked(model="draw", n=4)))
+        assert (got.status, got.headers["x-request-cost-usd"]) == (200, "0.12")
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["input_tokens"], entry["output_tokens"]) == (3, 0, 0)
+        assert (entry["quality"], entry["is_unpriced"], entry["cost_nano_usd"]) == ("exact", False, 120_000_000)
+
+    async def test_what_is_priced_by_tokens_alone_is_unpriced_without_usage(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        """Guarantee: the text that a picture is sent as is never billed for tokens."""
+        provider.scripts.append(answer(pictures(1)))
+        got = await call(place.port, post(IMAGES, tenant.key, asked(model="draw-by-tokens")))
+        assert "x-request-cost-usd" not in got.headers
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["is_unpriced"], entry["cost_nano_usd"]) == (1, True, 0)
+
+    async def test_a_usage_of_nothing_is_no_usage(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+        nothing = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+        provider.scripts.append(answer(pictures(1, usage=nothing)))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw")))
+        assert (await place.entry(tenant))["cost_nano_usd"] == 40_000_000
+
+    async def test_reported_tokens_are_what_is_billed(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        usage = {"input_tokens": 10, "output_tokens": 90, "total_tokens": 100}
+        provider.scripts.append(answer(pictures(1, usage=usage)))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw-by-tokens")))
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["cost_nano_usd"], entry["quality"]) == (0, 100_000, "exact")
+
+    async def test_who_hangs_up_under_abort_is_billed_what_was_asked_for(
+        self, place: Place, provider: FakeProvider, database: Database, stores: TestStores
+    ) -> None:
+        tenant = await new_tenant(database, stores.pepper, policy="abort")
+        reached = asyncio.Event()
+
+        async def silent(_: Exchange) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        provider.scripts.append(silent)
+        connection = await RawConnection.open(place.port)
+        await connection.send(post(IMAGES, tenant.key, asked(model="draw", n=2)))
+        await reached.wait()
+        connection.reset()
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["quality"], entry["cost_nano_usd"]) == (2, "estimated", 80_000_000)
+        assert entry["input_tokens"] == entry["output_tokens"] == 0
+
+    async def test_a_refused_call_takes_no_picture(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+        provider.scripts.append(answer(b'{"error": {"message": "no", "type": "invalid_request_error"}}', 400))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw")))
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["cost_nano_usd"], entry["is_unpriced"]) == (0, 0, False)
+
+
+class TestRecordings:
+    async def test_text_is_asked_for_as_json_which_says_how_long_the_recording_is(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        said = {"text": 'Grüße, "you".', "usage": {"type": "duration", "seconds": 7}}
+        provider.scripts.append(answer(msgspec.json.encode(said)))
+        got = await call(place.port, transcribe(tenant, recording(model="hear", response_format="text")))
+        assert got.body.decode() == 'Grüße, "you".\n'
+        assert got.headers["content-type"].startswith("text/plain")
+        assert got.headers["x-request-cost-usd"] == "0.0007"
+        assert provider.received[-1].body == recording(model="hear", response_format="json")
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"]) == (7, "exact")
+
+    async def test_a_provider_that_gives_text_all_the_same_is_estimated_by_the_recordings_size(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        provider.scripts.append(answer(b"plain words\n", content_type="text/plain"))
+        form = recording(model="hear", response_format="text", bytes_long=160_000)
+        got = await call(place.port, transcribe(tenant, form))
+        assert got.body == b"plain words\n"
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"], entry["is_unpriced"]) == (11, "estimated", False)
+
+    @pytest.mark.parametrize(
+        ("form", "body"),
+        [
+            ("srt", "1\n00:00:00,000 --> 00:00:04,100\nHello\n\n2\n00:00:04,100 --> 01:01:01,001\nyou\n\n"),
+            ("vtt", "WEBVTT\n\n00:00.000 --> 00:04.100\nHello\n\n00:04.100 --> 01:01:01.500\nyou\n\n"),
+        ],
+    )
+    async def test_subtitles_are_billed_to_the_end_of_their_last_cue(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, form: str, body: str
+    ) -> None:
+        provider.scripts.append(answer(body.encode(), content_type="text/plain"))
+        got = await call(place.port, transcribe(tenant, recording(model="hear", response_format=form)))
+        assert got.body == body.encode()
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"]) == (3_662, "estimated")
+
+    @pytest.mark.parametrize("duration", [8.4, "8.4"])
+    async def test_the_verbose_form_says_how_long_the_recording_is(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, duration: object
+    ) -> None:
+        verbose = {"task": "transcribe", "duration": duration, "text": "hi", "segments": []}
+        provider.scripts.append(answer(msgspec.json.encode(verbose)))
+        got = await call(place.port, transcribe(tenant, recording(model="hear", response_format="verbose_json")))
+        assert got.json() == verbose
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"]) == (9, "exact")
+
+    async def test_two_formats_are_one_too_many(self, place: Place, tenant: Tenant) -> None:
+        """Guarantee: what is asked for is what the provider reads, whichever of two it would take."""
+        once = recording(model="hear", response_format="text")
+        part = b'--b\r\nContent-Disposition: form-data; name="response_format"\r\n\r\njson\r\n'
+        assert (await call(place.port, transcribe(tenant, part + once))).status == 400
+
+
+async def test_vectors_are_no_tokens(place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+    """Guarantee: embeddings whose provider reports nothing are billed their input."""
+    vectors = {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.125] * 1_000}]}
+    provider.scripts.append(answer(msgspec.json.encode(vectors)))
+    await call(
+        place.port, post("/v1/embeddings", tenant.key, msgspec.json.encode({"model": "embed", "input": "x" * 400}))
+    )
+    entry = await place.entry(tenant)
+    assert entry["input_tokens"] > 100
+    assert (entry["output_tokens"], entry["quality"]) == (0, "estimated")

@@ -52,6 +52,12 @@ FROM unnest($2::text[], $3::int4[]) AS o (request_id, tokens) WHERE i.request_id
 # The same few statements for ever, each by keys: planned once, by their indexes, whatever the tables' statistics say
 # while they are small. (Planning a settlement costs a millisecond, more than running it.)
 _PLANNING: Final = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "jit": "off"}
+# A write, since a PostgreSQL that only reads is of no use here; one that says nothing: a lease is renewed together with
+# the live calls, or its gateway would seem to have forgotten them.
+_PROBE: Final = """
+INSERT INTO gateway_leases (gateway_id, seen_at) VALUES ($1, now())
+ON CONFLICT (gateway_id) DO UPDATE SET gateway_id = excluded.gateway_id
+"""
 _LEAVE: Final = "DELETE FROM gateway_leases WHERE gateway_id = $1"
 _log = structlog.get_logger(__name__)
 
@@ -172,8 +178,8 @@ class Ledger:
         # Those whose callers were told that it took too long are left out: their entries may be there already.
         wanted = {one.intent.request_id: one.intent for one in waiting if not one.durable.done()}
         if not wanted:
-            # Stays here, and new calls are refused, until PostgreSQL answers.
-            await self._intent_writer.fetch("SELECT 1")
+            # Stays here, and new calls are refused, until PostgreSQL writes.
+            await self._intent_writer.fetch(_PROBE, self._gateway_id)
             self._is_refusing = False
             return
         try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import asyncpg
 import pytest
 
 from core.clock import SystemClock
+from core.database import driver_url
 from core.ids import GatewayId, id_range_start, new_id
 from metering import partitions
 from metering.entries import Entry
@@ -20,6 +22,15 @@ from tests.harness.eventually import eventually
 from tests.harness.private_stores import PrivatePostgres, private_postgres
 from tests.harness.stores import TestStores
 from tests.metering.conftest import Books
+
+
+_HANG_UP = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'aap-ledger'"
+
+
+async def connected(url: str) -> Any:
+    """A connection that writes, whatever the database says."""
+    settings = {"default_transaction_read_only": "off"}
+    return await cast("Any", asyncpg).connect(driver_url(url), server_settings=settings)
 
 
 async def test_an_intent_is_there_when_its_future_says_so(books: Books, ledger: Ledger) -> None:
@@ -138,6 +149,32 @@ class TestPostgresqlDown:
         finally:
             server.thaw()
         await eventually(lambda: ledger.undurable_seconds == 0, 20)
+        await ledger.intend(books.intent())
+        await ledger.close()
+
+
+    async def test_one_that_only_reads_is_not_back(
+        self, postgres: tuple[PrivatePostgres, TestStores], books: Books
+    ) -> None:
+        """Guarantee: nobody waits two seconds for what is known not to be written."""
+        _, own = postgres
+        ledger = await self.started(own)
+        await ledger.intend(books.intent())
+        operator = await connected(own.database_url)
+        try:
+            await operator.execute("ALTER DATABASE postgres SET default_transaction_read_only = on")
+            await operator.execute(_HANG_UP)
+            with pytest.raises(LedgerUnavailable):
+                await ledger.intend(books.intent())
+            tries = ledger.failures
+            await eventually(lambda: ledger.failures > tries + 2, 10)
+            with pytest.raises(LedgerUnavailable):
+                ledger.intend(books.intent())
+            await operator.execute("ALTER DATABASE postgres RESET default_transaction_read_only")
+            await operator.execute(_HANG_UP)
+        finally:
+            await operator.close()
+        await eventually(lambda: ledger.undurable_seconds == 0, 10)
         await ledger.intend(books.intent())
         await ledger.close()
 

@@ -43,7 +43,9 @@ class Database:
         connections_max: int = 5,
         connect_timeout_seconds: float = 5.0,
         statement_seconds_max: float = 30.0,
+        is_read_only: bool = False,
     ) -> None:
+        """Connect to nothing yet. With *is_read_only*, PostgreSQL refuses every statement that would change a row."""
         self._engine: AsyncEngine = create_async_engine(
             asyncpg_url(url),
             pool_size=connections_max,
@@ -52,6 +54,7 @@ class Database:
             # A restarted PostgreSQL leaves dead connections in the pool; the ping finds them before a caller does.
             pool_pre_ping=True,
             connect_args={"timeout": connect_timeout_seconds, "command_timeout": statement_seconds_max},
+            execution_options={"postgresql_readonly": True} if is_read_only else {},
         )
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
 

@@ -60,11 +60,10 @@ def create_site(runtime: Runtime) -> Litestar:
     """Return the routes that are not hot."""
     site = Litestar(
         route_handlers=[*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *health.ROUTES, *metrics.ROUTES],
-        state=State({"runtime": runtime, "export_slots": ledger.ExportSlots()}),
+        state=State({"runtime": runtime}),
         dependencies={
             "runtime": Provide(provide_runtime, sync_to_thread=False),
             "principal": Provide(provide_principal),
-            "export_slots": Provide(ledger.provide_export_slots, sync_to_thread=False),
         },
         exception_handlers={Exception: _answer_error},
         openapi_config=OpenAPIConfig(

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import structlog
 
-from core.clock import SystemClock
+from core.clock import Clock, SystemClock
 from core.database import DOWN, Database
 from core.ids import GatewayId, new_id
 from core.log_writer import LogWriter
@@ -27,6 +27,7 @@ from gateway.idempotency_claims import Claims
 from gateway.live import LiveRuns
 from gateway.metrics import CallMetrics
 from gateway.request_log import RequestLog
+from gateway.routes.reading import CONNECTIONS_MAX, Reading
 from inference.call import Inference
 from inference.exchange import Exchange
 from inference.metered import CallMeter
@@ -75,6 +76,7 @@ class Runtime:
         self.router = Router()
         self.client = _client(settings)
         self.clock = SystemClock()
+        self.reading = _reading(settings.database_url, self.clock)
         self.quota = Quota(scripts, LocalQuota(self.clock, lambda: feed.live_gateways), SpentBudgets(database))
         self.authenticator = Authenticator(
             database,
@@ -219,6 +221,17 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         await _close_all(runtime)
 
 
+def _reading(database_url: str, clock: Clock) -> Reading:
+    """Return what reading routes read by. Its connections are made when somebody reads: an idle process has none."""
+    database = Database(
+        database_url,
+        connections_max=CONNECTIONS_MAX,
+        statement_seconds_max=_STATEMENT_SECONDS_MAX,
+        is_read_only=True,
+    )
+    return Reading(database, clock)
+
+
 def _client(settings: Settings) -> Http1Client:
     limits = ConnectionLimits(
         connections_per_origin_max=settings.edge.in_flight_max, buffered_bytes_max=_BUFFERED_BYTES_MAX
@@ -239,7 +252,7 @@ def _idempotency(settings: Settings, database: Database, feed: KeyFeed) -> Idemp
 async def _close_all(runtime: Runtime) -> None:
     closers: list[Any] = [upstream.close for upstream in runtime.upstreams.values()]
     # Last: settlements may still be on their way to Redis.
-    closers += [runtime.feed.close, runtime.scripts.close, runtime.database.close]
+    closers += [runtime.feed.close, runtime.scripts.close, runtime.reading.close, runtime.database.close]
     for close in closers:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(5):

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 from litestar.openapi.spec import (
     OpenAPI,
+    OpenAPIHeader,
     OpenAPIMediaType,
     OpenAPIResponse,
     Operation,
+    Parameter,
     PathItem,
     RequestBody,
     Schema,
@@ -25,13 +27,36 @@ _ERRORS = {
     "403": "The key may not do this",
     "404": "No such model",
     "408": "The body did not arrive in time",
+    "409": "A request with the same Idempotency-Key still runs, or its answer was too large to be kept",
     "413": "The body is too large",
     "415": "The body is of another kind",
+    "422": "The Idempotency-Key was used with another request",
     "429": "A limit is reached",
     "500": "A fault of the gateway",
     "502": "A fault of the provider",
     "503": "Not just now",
     "504": "The provider took too long",
+}
+_IDEMPOTENCY_KEY = Parameter(
+    name="Idempotency-Key",
+    param_in="header",
+    required=False,
+    description="Requests of one API key that have the same one are answered once. Printable ASCII; one to a request.",
+    schema=Schema(type=OpenAPIType.STRING, min_length=1, max_length=255, pattern="^[ -~]+$"),
+)
+_ANSWER_HEADERS = {
+    "Idempotent-Replayed": OpenAPIHeader(
+        schema=Schema(type=OpenAPIType.STRING, enum=["true"]),
+        description="The answer was given before, and costs nothing. Absent otherwise.",
+    ),
+    "Original-Request": OpenAPIHeader(
+        schema=Schema(type=OpenAPIType.STRING),
+        description="Of a replayed answer: the id of the request that was billed.",
+    ),
+    "x-request-cost-usd": OpenAPIHeader(
+        schema=Schema(type=OpenAPIType.STRING, pattern=r"^-?\d+(\.\d+)?$"),
+        description="What a whole answer is charged, in US dollars. Absent on streams, replays, and without a price.",
+    ),
 }
 
 
@@ -52,13 +77,18 @@ def _operation(path: str, endpoint: Endpoint) -> Operation:
     anything = Schema(type=OpenAPIType.OBJECT)
     model = Schema(type=OpenAPIType.OBJECT, properties={"model": Schema(type=OpenAPIType.STRING)}, required=["model"])
     responses = {
-        "200": OpenAPIResponse("As the provider answered", content={"application/json": OpenAPIMediaType(anything)})
+        "200": OpenAPIResponse(
+            "As the provider answered",
+            content={"application/json": OpenAPIMediaType(anything)},
+            headers=dict(_ANSWER_HEADERS),
+        )
     }
     responses |= {status: OpenAPIResponse(description) for status, description in _ERRORS.items()}
     return Operation(
         operation_id=f"create{endpoint.operation.title().replace('_', '')}",
         summary=f"OpenAI's POST {path}",
         description=f"Body and answer are OpenAI's. Needs the scope `{endpoint.scope}`.",
+        parameters=[_IDEMPOTENCY_KEY],
         request_body=RequestBody(content={media_type: OpenAPIMediaType(model)}, required=True),
         responses=dict(responses),
         security=[{"bearer": []}],

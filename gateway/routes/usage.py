@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
 import msgspec
 from litestar import Request, get
 from litestar.handlers import HTTPRouteHandler
 
 from gateway.routes.query_string import described_by, read_query
-from gateway.routes.reading import told_when_down
 from gateway.routes.usage_forms import (
+    IMAGE_SOURCE,
     CompletionsQuery,
     CostsQuery,
     FileSearchCallsQuery,
     ImagesQuery,
     ModelUsageQuery,
     ProjectUsageQuery,
+    UsageForm,
     WebSearchCallsQuery,
+    usage_query,
 )
 from gateway.routes.usage_results import (
     AudioSpeechesResult,
@@ -47,7 +49,6 @@ from gateway.routes.usage_results import (
 from gateway.runtime import Runtime
 from keys.principal import Principal
 from metering.summaries import COSTS_LIMITS, USAGE_LIMITS, PageRequest, Usage, next_page, page_range, usage
-from metering.summary_queries import Buckets, GroupField, UsageQuery
 
 Asking = Request[Any, Any, Any]
 _Form = TypeVar("_Form", bound=msgspec.Struct)
@@ -59,16 +60,6 @@ OPERATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "embeddings": ("embeddings",),
     "images": ("image_generation",),
     "audio_transcriptions": ("transcription",),
-}
-_SOURCE: Final = "image.generation"
-# What sums can be told apart by. By anything else (users, sizes) there is one group, whose field is null.
-_GROUPS: Final[Mapping[str, GroupField]] = {
-    "project_id": "project_id",
-    "api_key_id": "key_id",
-    "model": "model",
-    "line_item": "model",
-    "batch": "is_batch",
-    "service_tier": "service_tier",
 }
 
 
@@ -103,7 +94,7 @@ async def moderations(request: Asking, principal: Principal, runtime: Runtime) -
 async def images(request: Asking, principal: Principal, runtime: Runtime) -> UsagePage[ImagesResult]:
     """Return how many pictures were made."""
     asked = _asked(request, principal, ImagesQuery)
-    source = _SOURCE if "source" in asked.group_by else None
+    source = IMAGE_SOURCE if "source" in asked.group_by else None
     return await _page(runtime, principal, asked, "images", lambda used: images_result(used, source))
 
 
@@ -168,8 +159,9 @@ def _asked(request: Asking, principal: Principal, form: type[_Form]) -> _Form:
 
 
 async def _page(
-    runtime: Runtime, principal: Principal, asked: Any, kind: str, result: Callable[[Usage], _Result]
+    runtime: Runtime, principal: Principal, asked: UsageForm, kind: str, result: Callable[[Usage], _Result]
 ) -> UsagePage[_Result]:
+    """Read a page of sums. PostgreSQL down: UsageUnreadable. Errors: those of `Reading.page`; Invalid for the query."""
     wanted = PageRequest(
         start_time=asked.start_time,
         end_time=asked.end_time,
@@ -179,10 +171,9 @@ async def _page(
     )
     limits = COSTS_LIMITS if kind == "costs" else USAGE_LIMITS
     page = page_range(wanted, limits, now=datetime.now(UTC))
-    query = _query(asked, page.buckets, None if kind == "costs" else OPERATIONS.get(kind, ()))
-    with told_when_down():
-        async with runtime.database.transaction() as session:
-            buckets = await usage(session, query, organization_id=principal.organization_id)
+    query = usage_query(asked, page.buckets, None if kind == "costs" else OPERATIONS.get(kind, ()))
+    async with runtime.reading.page(principal.organization_id) as session:
+        buckets = await usage(session, query, organization_id=principal.organization_id)
     data = [
         UsageBucket(_seconds(bucket.starts_at), _seconds(bucket.ends_at), [result(used) for used in bucket.groups])
         for bucket in buckets
@@ -191,22 +182,7 @@ async def _page(
     return UsagePage(data, following is not None, following)
 
 
-def _query(asked: Any, buckets: Buckets, operations: tuple[str, ...] | None) -> UsageQuery:
-    sources = getattr(asked, "sources", ())
-    # What is not recorded matches nothing: an answer that ignores a filter would be taken for filtered.
-    is_empty = getattr(asked, "user_ids", ()) or getattr(asked, "sizes", ()) or (sources and _SOURCE not in sources)
-    return UsageQuery(
-        buckets=buckets,
-        operations=() if is_empty else operations,
-        project_ids=asked.project_ids,
-        key_ids=getattr(asked, "api_key_ids", ()),
-        models=getattr(asked, "models", ()),
-        is_batch=getattr(asked, "batch", None),
-        group_by=tuple(dict.fromkeys(_GROUPS[name] for name in asked.group_by if name in _GROUPS)),
-    )
-
-
-def _never(used: Usage) -> Any:
+def _never(used: Usage) -> NoReturn:
     raise AssertionError(f"no operation is told of here: {used}")
 
 

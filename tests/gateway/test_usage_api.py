@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -34,7 +35,7 @@ from keys.scopes import ADMIN_SCOPES
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway
 from tests.harness.provider import FakeProvider
-from tests.harness.raw import RawAnswer, call
+from tests.harness.raw import RawAnswer, call, chat, post
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant, new_tenant
 from tests.harness.usage_rows import add_window
@@ -157,6 +158,28 @@ class TestForms:
             assert parameters["group_by"]["schema"]["type"] == "array"
             assert "project_id" in parameters["group_by"]["schema"]["items"]["enum"]
             assert operation["security"] == [{"bearer": []}]
+
+    async def test_idempotency_and_the_cost_of_calls_are_described(
+        self, gateway: Gateway, provider: FakeProvider, books: Books
+    ) -> None:
+        """Guarantee: on every hot route; and under the names that are sent."""
+        document = (await ask(gateway, books.admin_key, "/openapi.json")).json()
+        for endpoint in ENDPOINTS:
+            operation = document["paths"][f"/v1{endpoint.path}"]["post"]  # type: ignore[index]
+            [parameter] = operation["parameters"]
+            assert (parameter["name"], parameter["in"], parameter["required"]) == ("Idempotency-Key", "header", False)
+            assert (parameter["schema"]["type"], parameter["schema"]["maxLength"]) == ("string", 255)
+            assert re.search(parameter["schema"]["pattern"], "order 1017/~summary!")
+            assert not re.search(parameter["schema"]["pattern"], "tab\t")
+            assert {"409", "422"} < operation["responses"].keys()
+            described = operation["responses"]["200"]["headers"]
+            assert described.keys() >= {"Idempotent-Replayed", "x-request-cost-usd"}
+        asked = post("/v1/chat/completions", books.tenant.key, chat(), f"idempotency-key: {books.tenant.key_id}")
+        await call(gateway.port, asked)
+        replayed = await call(gateway.port, asked)
+        sent = {name: header for name, header in described.items() if name.lower() in replayed.headers}
+        assert sent.keys() == {"Idempotent-Replayed", "Original-Request"}
+        assert sent["Idempotent-Replayed"]["schema"]["enum"] == [replayed.headers["idempotent-replayed"]]
 
 
 class TestResults:

@@ -18,7 +18,7 @@ import msgspec
 from core.database import DOWN
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
-from keys.budgets import BudgetAuthority, period_bounds, seed_call
+from keys.budgets import Budget, BudgetAuthority, period_bounds, seed_call
 from keys.dimensions import DIMENSIONS
 from keys.errors import BudgetExhausted, QuotaUnverifiable, RateLimitReached, RequestTooLarge
 from keys.limits import QuotaPlan, Window, window_of
@@ -78,6 +78,7 @@ class Quota:
         self._scripts = scripts
         self._local = local
         self._authority = authority
+        self._seeding: dict[bytes, asyncio.Task[Exception | None]] = {}
         self._settling: dict[QuotaPlan, list[tuple[Reservation, int, int]]] = {}
         self.local_decisions = 0
 
@@ -144,18 +145,42 @@ class Quota:
             raise
 
     async def _seed(self, plan: QuotaPlan, index: int, spend: Spend) -> None:
-        """Tell Redis what PostgreSQL knows of a budget. Errors: QuotaUnverifiable when either is down."""
-        budget = plan.budgets[index]
-        moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
-        starts_at = period_bounds(budget.period, moment)[0]
-        if self._authority is None:
+        """Tell Redis what PostgreSQL knows of a budget: once for all calls of this process that meet it unknown.
+
+        A call may join a seed whose read of PostgreSQL has begun, although the pause before it was for calls that were
+        admitted before this one came. It has reserved nothing yet, and asks again. As long as Redis does not know the
+        budget, nobody is admitted: so what is read is whole, and stays so until it is told. If another gateway was
+        faster, and has admitted calls that were not read, Redis knows the budget, and what is told changes nothing. If
+        it has forgotten it once more since, then what is told lacks them whoever joins: the one who began would tell
+        the same, and a later seed of the joining call's own would change nothing either.
+
+        A call that is cancelled leaves the others their seed. A failure is told to all who wait for it, and the next
+        call tries anew. Errors: QuotaUnverifiable when either store is down.
+        """
+        authority, budget = self._authority, plan.budgets[index]
+        if authority is None:
             raise QuotaUnverifiable
+        key = plan.budget_keys(spend.started_ms)[index]
+        seeding = self._seeding.get(key)
+        if seeding is None:
+            moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
+            seeding = asyncio.create_task(self._tell(authority, budget, moment))
+            self._seeding[key] = seeding
+            seeding.add_done_callback(lambda _: self._seeding.pop(key))
+        failure = await asyncio.shield(seeding)
+        if failure is not None:
+            raise QuotaUnverifiable from failure
+
+    async def _tell(self, authority: BudgetAuthority, budget: Budget, moment: datetime) -> Exception | None:
+        """Read what PostgreSQL knows of the period around *moment*, and tell Redis. Returns why it could not."""
+        starts_at = period_bounds(budget.period, moment)[0]
         await asyncio.sleep(_SEED_PAUSE_SECONDS)
         try:
-            standing = await self._authority.standing(budget, starts_at)
+            standing = await authority.standing(budget, starts_at)
             await self._scripts.run(seed_call(budget, starts_at, standing, moment))
         except (*DOWN, RedisUnavailable) as error:
-            raise QuotaUnverifiable from error
+            return error
+        return None
 
     def settle(self, reservation: Reservation, tokens_used: int | None, nano_usd: int = 0) -> None:
         """Give back what was reserved and not used, and the slot; charge the budgets. Idempotent; never waits or fails.

@@ -3,21 +3,27 @@
 -- KEYS[1]  the budget, as keys/quota.lua has it
 -- ARGV[1]  nano-USD charged, in PostgreSQL, before the reservations were looked at
 -- ARGV[2]  by how many nano-USD Redis had counted more than PostgreSQL knew afterwards: corrections have taken them away
--- ARGV[3], ARGV[4] …  request id and nano-USD charged of calls that have ended, or were given up
+-- ARGV[3]  a mark: white space    ARGV[4], ARGV[5], ARGV[6] …  request id, what was held for it when that was looked at,
+--          and nano-USD charged of a call that has ended or was given up; nothing if it is only to be marked as seen
 --
--- Answers how many of these were still held.
+-- Answers how many were taken out. What is no longer held as it was seen was settled meanwhile, or reserved anew under
+-- the same id, which writes the number without any mark: it stays.
 
 local call, format = redis.call, string.format
 local known = call('HMGET', KEYS[1], 's', 'r')
 if not known[1] then return 0 end
 local spent, reserved, settled = tonumber(known[1]) - tonumber(ARGV[2]), tonumber(known[2]), 0
-for i = 3, #ARGV, 2 do
-  local held = call('HGET', KEYS[1], ARGV[i])
-  if held then
-    call('HDEL', KEYS[1], ARGV[i])
-    reserved = reserved - tonumber(held)
-    spent = spent + tonumber(ARGV[i + 1])
-    settled = settled + 1
+for i = 4, #ARGV, 3 do
+  local id, seen, charge = ARGV[i], ARGV[i + 1], ARGV[i + 2]
+  if call('HGET', KEYS[1], id) == seen then
+    if charge == '' then
+      call('HSET', KEYS[1], id, seen .. ARGV[3])
+    else
+      call('HDEL', KEYS[1], id)
+      reserved = reserved - tonumber(seen)
+      spent = spent + tonumber(charge)
+      settled = settled + 1
+    end
   end
 end
 spent = math.max(spent, tonumber(ARGV[1]))

@@ -45,6 +45,8 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     sweep_seconds: float = 5.0
     """A lost call is in the ledger a lease and one round after its gateway's death: below a minute."""
     reconcile_seconds: float = 5.0
+    rounds_apart_seconds: float = budgets.ROUNDS_APART_SECONDS
+    """How far apart two rounds lie that must have seen a reservation for no running call, before it is settled."""
     housekeeping_seconds: float = 3_600.0
     retry_seconds: float = 10.0
 
@@ -59,6 +61,7 @@ class MeteringWorker:
         self._settings = settings
         self._clock = clock
         self._pace = pace or Pace()
+        self._rounds = budgets.Rounds(clock, self._pace.rounds_apart_seconds)
         self._writer = Writer(stores.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
 
     async def run(self) -> None:
@@ -82,8 +85,11 @@ class MeteringWorker:
         return await sweep(self._writer.fetch, lease_seconds=self._settings.lease_seconds)
 
     async def reconcile(self) -> int:
-        """Put right what Redis holds of hard budgets; return how many reservations were settled for others."""
-        return await budgets.reconcile(self._stores.database, self._stores.redis, self._clock)
+        """Put right what Redis holds of hard budgets; return how many reservations were settled for others.
+
+        Those were seen in an earlier round, too.
+        """
+        return await budgets.reconcile(self._stores.database, self._stores.redis, self._clock, self._rounds)
 
     async def keep_house(self) -> None:
         """Make partitions ahead, forget minutes."""

@@ -13,14 +13,15 @@ from gateway.cli.common import fail
 from gateway.cli.stores import Stores, chosen_organization, on_stores
 from keys import lifecycle
 from keys.dimensions import BudgetPeriod, BudgetScope
-from keys.revocation import KeyChange, announce
+from keys.revocation import KeyChange, Propagation, announce
 from metering import budgets
 from metering.budgets import BudgetStanding
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
-    """A budget as it is shown."""
+    """A budget as it is shown. *budget* is its own id, *id* that of its organization, project or key."""
 
+    budget: str
     scope: str
     id: str
     period: str
@@ -30,11 +31,20 @@ class BudgetRow(msgspec.Struct, frozen=True):
     renewed_at: datetime | None
 
 
+class Changed(BudgetRow, frozen=True):
+    """A budget as it is after a change, and which gateways know of that."""
+
+    propagation: Propagation
+
+
 class EventRow(msgspec.Struct, frozen=True):
-    """A threshold that was crossed."""
+    """A threshold that was crossed. Whose budget it was, is not known once that is deleted."""
 
     created_at: datetime
     budget: str
+    scope: str | None
+    id: str | None
+    period: str | None
     period_began: datetime
     threshold_percent: int
     spent_usd: str
@@ -53,39 +63,42 @@ def list_all(org: str | None) -> list[BudgetRow]:
 
 def change(
     scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, limit_usd: str, *, is_hard: bool, org: str | None
-) -> BudgetRow:
-    """Make or change a budget, tell the gateways, and return it as it is then."""
+) -> Changed:
+    """Make or change a budget, tell the gateways, and return it as it is then, and which of them know."""
     limit = _amount(limit_usd)
 
-    async def act(stores: Stores) -> BudgetRow:
+    async def act(stores: Stores) -> Changed:
         organization_id = await _owner(stores, scope, scope_id, org)
         target = scope_id or organization_id
         async with stores.database.transaction() as session:
             sequence = await budgets.set_budget(
                 session, (scope, target), period, limit=limit, is_hard=is_hard, organization_id=organization_id
             )
-        await announce(stores.redis, KeyChange(sequence=sequence, organization_id=organization_id, key_id=None))
-        return next(
+        change = KeyChange(sequence=sequence, organization_id=organization_id, key_id=None)
+        propagation = await announce(stores.redis, change)
+        row = next(
             _shown(one)
             for one in await _standings(stores, organization_id)
             if (one.budget.scope, one.budget.scope_id, one.budget.period) == (scope, target, period)
         )
+        return Changed(**msgspec.structs.asdict(row), propagation=propagation)
 
     return on_stores(act)
 
 
-def delete(scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None) -> None:
-    """Delete a budget and tell the gateways."""
+def delete(scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None) -> Propagation:
+    """Delete a budget and tell the gateways; return which of them know."""
 
-    async def act(stores: Stores) -> None:
+    async def act(stores: Stores) -> Propagation:
         organization_id = await _owner(stores, scope, scope_id, org)
         async with stores.database.transaction() as session:
             sequence = await budgets.delete_budget(
                 session, (scope, scope_id or organization_id), period, organization_id=organization_id
             )
-        await announce(stores.redis, KeyChange(sequence=sequence, organization_id=organization_id, key_id=None))
+        change = KeyChange(sequence=sequence, organization_id=organization_id, key_id=None)
+        return await announce(stores.redis, change)
 
-    on_stores(act)
+    return on_stores(act)
 
 
 def events(org: str | None, limit: int) -> list[EventRow]:
@@ -99,6 +112,9 @@ def events(org: str | None, limit: int) -> list[EventRow]:
             EventRow(
                 row.created_at,
                 row.budget_id,
+                row.scope,
+                row.scope_id,
+                row.period,
                 row.starts_at,
                 row.threshold_percent,
                 usd_text(row.spent_nano_usd),
@@ -133,6 +149,7 @@ def _amount(text: str) -> NanoUsd:
 def _shown(standing: BudgetStanding) -> BudgetRow:
     budget = standing.budget
     return BudgetRow(
+        budget=budget.id,
         scope=budget.scope,
         id=budget.scope_id,
         period=budget.period,

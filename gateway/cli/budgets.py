@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import click
 
-from gateway.cli.common import json_option, org_option, print_json, show
+from gateway.cli.common import fail, json_option, org_option, print_json, show
 from keys.dimensions import BudgetPeriod, BudgetScope
 
-_COLUMNS = ("scope", "id", "period", "limit_usd", "spent_usd", "kind", "renewed_at")
-_EVENT_COLUMNS = ("created_at", "budget", "period_began", "threshold_percent", "spent_usd", "limit_usd")
+_COLUMNS = ("budget", "scope", "id", "period", "limit_usd", "spent_usd", "kind", "renewed_at")
+_EVENT_COLUMNS = (
+    *("created_at", "budget", "scope", "id", "period"),
+    *("period_began", "threshold_percent", "spent_usd", "limit_usd"),
+)
 _scope = click.argument("scope", type=click.Choice(get_args(BudgetScope)))
 _scope_id = click.argument("scope_id", required=False)
 _period = click.option(
@@ -59,7 +62,7 @@ def set_budget(
     """Make a budget for an organization, project or key, or change the one it has for that period.
 
     SCOPE_ID is the project's or key's id; for the organization it may be left out. What was spent in the present period
-    counts. Every gateway knows within a second.
+    counts. Exit code 1 when a gateway has not confirmed it in time: the budget holds there within 5 seconds.
     """
     from gateway.cli import budget_acts
 
@@ -69,6 +72,8 @@ def set_budget(
         print_json(row)
     else:
         show([row], _COLUMNS, as_json=False, empty="")
+        click.echo(f"{_confirmed(row.propagation)}.")
+    _require_complete(row.propagation)
 
 
 @budgets_command.command("clear")
@@ -80,15 +85,19 @@ def set_budget(
 def clear_budget(
     scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None, as_json: bool
 ) -> None:
-    """Delete a budget: from then on nothing is refused by it."""
+    """Delete a budget: from then on nothing is refused by it.
+
+    Exit code 1 when a gateway has not confirmed it in time.
+    """
     from gateway.cli import budget_acts
 
     _require_id(scope, scope_id)
-    budget_acts.delete(scope, scope_id, period, org)
+    propagation = budget_acts.delete(scope, scope_id, period, org)
     if as_json:
-        print_json({"deleted": True})
+        print_json({"deleted": True, "propagation": propagation})
     else:
-        click.echo("The budget is gone.")
+        click.echo(f"The budget is gone; {_confirmed(propagation)}.")
+    _require_complete(propagation)
 
 
 @budgets_command.command("events")
@@ -106,3 +115,13 @@ def list_events(org: str | None, limit: int, as_json: bool) -> None:
 def _require_id(scope: Literal["organization", "project", "key"], scope_id: str | None) -> None:
     if scope_id is None and scope != "organization":
         raise click.UsageError(f"name the {scope}")
+
+
+def _confirmed(propagation: Any) -> str:
+    count = len(propagation.acknowledged)
+    return f"{count} running API process{'' if count == 1 else 'es'} confirmed it"
+
+
+def _require_complete(propagation: Any) -> None:
+    if not propagation.is_complete:
+        fail(f"not confirmed by {', '.join(propagation.missing)}: there the change holds within 5 seconds")

@@ -1,4 +1,4 @@
-"""`aap ledger verify`, `adjust` and `credit`, as an operator runs them."""
+"""`aap ledger verify`, `adjust` and `credit`, and `aap budgets`, as an operator runs them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import asyncpg
+import msgspec
 import pytest
 from click.testing import CliRunner
+from redis.asyncio import Redis
 
 from core.clock import SystemClock
 from core.database import Database
@@ -165,3 +167,86 @@ class TestCredit:
         connection = await asyncpg.connect(aap.environ["DATABASE_URL"])
         assert await connection.fetchval("SELECT count(*) FROM ledger_entries") == 0
         await connection.close()
+
+
+SILENT = "gw_silent"
+LIMIT = ("organization", "--limit", "2.5")
+
+
+@pytest.fixture
+async def silent(redis: Redis) -> None:
+    """A gateway that lives, and confirms nothing."""
+    seconds, _ = await redis.time()
+    await redis.zadd("aap:gateways", {SILENT: seconds + 600})
+
+
+@pytest.mark.usefixtures("books")
+class TestBudgets:
+    async def test_a_change_that_every_gateway_knows_exits_with_0(self, aap: Cli) -> None:
+        made = (await aap("budgets", "set", *LIMIT, "--json")).json()
+        assert (made["limit_usd"], made["propagation"]) == ("2.5", {"acknowledged": [], "missing": []})
+        changed = await aap("budgets", "set", "organization", "--limit", "3")
+        assert (changed.code, changed.err) == (0, "")
+        assert "0 running API processes confirmed it." in changed.out
+        gone = await aap("budgets", "clear", "organization")
+        assert (gone.code, gone.err) == (0, "")
+        assert gone.out.strip() == "The budget is gone; 0 running API processes confirmed it."
+
+    @pytest.mark.usefixtures("silent")
+    async def test_a_change_that_a_gateway_has_not_confirmed_names_it_exits_with_1_and_holds(self, aap: Cli) -> None:
+        told = f"not confirmed by {SILENT}: there the change holds within 5 seconds"
+        ran = await aap("budgets", "set", *LIMIT)
+        assert (ran.code, ran.err.strip()) == (1, f"Error: {told}")
+        assert "2.5" in ran.out
+        ran = await aap("budgets", "set", "organization", "--limit", "3", "--json")
+        assert (ran.code, ran.json_error()) == (1, told)
+        made = msgspec.json.decode(ran.out)
+        assert (made["limit_usd"], made["propagation"]) == ("3", {"acknowledged": [], "missing": [SILENT]})
+        assert [row["limit_usd"] for row in (await aap("budgets", "list", "--json")).json()] == ["3"]
+
+    @pytest.mark.usefixtures("silent")
+    async def test_so_does_a_budget_that_is_deleted(self, aap: Cli) -> None:
+        down = {"REDIS_URL": "redis://127.0.0.1:1/0"}
+        for period in ("day", "week"):
+            ran = await aap("budgets", "set", *LIMIT, "--period", period, **down)
+            assert (ran.code, "not confirmed by redis" in ran.err) == (1, True)
+        ran = await aap("budgets", "clear", "organization", "--period", "day")
+        assert (ran.code, SILENT in ran.err) == (1, True)
+        assert "The budget is gone" in ran.out
+        ran = await aap("budgets", "clear", "organization", "--period", "week", "--json")
+        assert SILENT in ran.json_error()
+        assert msgspec.json.decode(ran.out) == {
+            "deleted": True,
+            "propagation": {"acknowledged": [], "missing": [SILENT]},
+        }
+        assert (await aap("budgets", "list", "--json")).json() == []
+
+    async def test_events_name_budgets_as_the_list_does(self, aap: Cli, books: Books) -> None:
+        tenant = books.tenant
+        await aap("budgets", "set", *LIMIT, "--period", "day")
+        await aap("budgets", "set", "key", tenant.key_id, "--limit", "2", "--soft")
+        await entered(books, cost=1_300_000_000)
+        listed = {row["budget"]: row for row in (await aap("budgets", "list", "--json")).json()}
+        events = (await aap("budgets", "events", "--json")).json()
+        assert len(listed) == len(events) == 2
+        for event in events:
+            names = ("scope", "id", "period")
+            assert [event[name] for name in names] == [listed[event["budget"]][name] for name in names]
+        assert {(row["scope"], row["id"], row["period"]) for row in events} == {
+            ("organization", tenant.organization_id, "day"),
+            ("key", tenant.key_id, "month"),
+        }
+        for table in ((await aap("budgets", "list")).out, (await aap("budgets", "events")).out):
+            assert all(budget in table for budget in listed)
+            assert tenant.key_id in table
+
+    async def test_events_of_a_deleted_budget_stay(self, aap: Cli, books: Books) -> None:
+        await aap("budgets", "set", *LIMIT)
+        await entered(books, cost=2_000_000_000)
+        await aap("budgets", "clear", "organization")
+        events = (await aap("budgets", "events", "--json")).json()
+        assert [(row["threshold_percent"], row["scope"], row["id"]) for row in events] == [
+            (80, None, None),
+            (50, None, None),
+        ]
+        assert events[0]["budget"] in (await aap("budgets", "events")).out

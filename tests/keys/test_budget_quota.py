@@ -201,6 +201,87 @@ class TestForgotten:
         assert (state[b"s"], state[b"r"]) == (b"300", b"200")
 
 
+class SlowBooks(Books):
+    """Is asked, and answers when it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_answer, self.is_down = asyncio.Event(), asyncio.Event(), False
+
+    async def standing(self, budget: Budget, starts_at: datetime) -> Standing:
+        self.is_asked.set()
+        found = await super().standing(budget, starts_at)
+        await self.may_answer.wait()
+        if self.is_down:
+            raise ConnectionRefusedError
+        return found
+
+
+class TestManyMeetItUnknown:
+    """Of one process, however many calls come before Redis knows a budget: PostgreSQL is asked once."""
+
+    @pytest.fixture
+    def slow(self, place: Place) -> SlowBooks:
+        made = SlowBooks()
+        place.quota._authority = place.books = made
+        return made
+
+    async def test_a_thousand_share_one_answer_and_each_is_held(self, place: Place) -> None:
+        budget, other = place.budget(10_000), place.budget(10_000, "day")
+        place.books.standings[budget.id] = Standing(1_000, ())
+        plans = [place.plan(budget) for _ in range(10)]
+        taken = await asyncio.gather(
+            *(place.reserve(plans[at % 10], 10) for at in range(1_000)), return_exceptions=True
+        )
+        assert place.books.asked == 1
+        assert [type(one) for one in taken].count(Reservation) == 900
+        assert [type(one) for one in taken].count(BudgetExhausted) == 100
+        state = await place.state(budget)
+        assert (state[b"s"], state[b"r"], len(state)) == (b"1000", b"9000", 902)
+        await asyncio.gather(*(place.reserve(place.plan(other), 1) for _ in range(20)))
+        assert place.books.asked == 2
+
+    async def test_who_comes_while_it_is_asked_joins_and_who_leaves_breaks_nothing(
+        self, place: Place, slow: SlowBooks
+    ) -> None:
+        budget = place.budget(100)
+        first = asyncio.create_task(place.reserve(place.plan(budget), 10))
+        await slow.is_asked.wait()
+        others = [asyncio.create_task(place.reserve(place.plan(budget), 10)) for _ in range(5)]
+        await place.settled()
+        # All of them have been told by now that Redis does not know it.
+        first.cancel()
+        others[0].cancel()
+        await asyncio.gather(first, others[0], return_exceptions=True)
+        assert (first.cancelled(), others[0].cancelled()) == (True, True)
+        slow.may_answer.set()
+        assert all([await other for other in others[1:]])
+        assert slow.asked == 1
+        assert (await place.state(budget))[b"r"] == b"40"
+
+    async def test_a_failure_is_told_to_all_and_not_remembered(self, place: Place, slow: SlowBooks) -> None:
+        plan = place.plan(place.budget(100))
+        slow.is_down = True
+        slow.may_answer.set()
+        told = await asyncio.gather(*(place.reserve(plan, 10) for _ in range(20)), return_exceptions=True)
+        assert {type(one) for one in told} == {QuotaUnverifiable}
+        assert len({id(one) for one in told}) == 20
+        assert slow.asked == 1
+        slow.is_down = False
+        await place.reserve(plan, 10)
+        assert slow.asked == 2
+
+    async def test_when_all_have_left_the_next_one_still_gets_an_answer(self, place: Place, slow: SlowBooks) -> None:
+        plan = place.plan(place.budget(100))
+        left = asyncio.create_task(place.reserve(plan, 10))
+        await slow.is_asked.wait()
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        slow.may_answer.set()
+        await place.reserve(plan, 10)
+        assert slow.asked == 1
+
+
 async def test_without_redis_a_hard_budget_refuses_and_a_soft_one_does_not() -> None:
     class Down:
         is_up = False

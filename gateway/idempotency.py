@@ -80,6 +80,22 @@ class Idempotency:
         self._renewing: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
+    async def stop(self, timeout_seconds: float = 5.0) -> None:
+        """Finish what calls have left to be written, once no call runs any more.
+
+        An answer that cannot be kept in time is logged: whoever asks again is answered anew, and billed for it.
+        """
+        if self._renewing is not None:
+            self._renewing.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        left = [task for task in self._tasks if not task.done()]
+        if left:
+            _log.error("idempotency.stopped_with_claims_left", count=len(left))
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
     def running(self, asked: Asked) -> Recording | None:
         """Return the recording to join, if a request of this process asks for the same."""
         recording = self._running.get(asked)

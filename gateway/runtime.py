@@ -102,13 +102,14 @@ class Runtime:
             meter=CallMeter(self.ledger, self.prices),
             on_settled=self._report,
         )
+        self.idempotency = _idempotency(settings, database, feed)
         self.hot = HotRoutes(
             settings=settings.edge,
             authenticator=self.authenticator,
             inference=self.inference,
             admission=self.admission,
             live=self.live,
-            idempotency=_idempotency(settings, database, feed),
+            idempotency=self.idempotency,
         )
 
     def _report(self, exchange: Exchange, tokens: tuple[int, int]) -> None:
@@ -214,7 +215,7 @@ async def running(settings: Settings, log: LogWriter) -> AsyncGenerator[Runtime]
         await runtime.live.close()
         await runtime.flush_marks()
         runtime.quota.flush()
-        await runtime.ledger.close()
+        await asyncio.gather(runtime.ledger.close(), runtime.idempotency.stop())
         runtime.quota.flush()
         runtime.request_log.flush()
         runtime.metrics.save()

@@ -159,7 +159,7 @@ class Call:
         )
 
     def _cost_of(self, relay: SseRelay) -> str:
-        self._observe(relay)
+        self._observe(relay, is_whole=True)  # as of what has been reported
         return self._meter.charged(self._exchange)
 
     async def collect(self) -> bytes:
@@ -210,8 +210,9 @@ class Call:
 
     def _end(self, relay: SseRelay) -> bytes:
         rest = relay.finish()
-        self._observe(relay)
-        if rest and not relay.is_done:
+        is_cut = bool(rest) and not relay.is_done
+        self._observe(relay, is_whole=not is_cut and relay.error is None)
+        if is_cut:
             # Half an event: the connection's end was not the answer's.
             cut = ConnectionLost("The upstream closed in the middle of an event.", response_started=True)
             raise translated(cut) from cut
@@ -228,13 +229,18 @@ class Call:
         if self._relay is not None:
             self._observe(self._relay)
 
-    def _observe(self, relay: SseRelay) -> None:
+    def _observe(self, relay: SseRelay, *, is_whole: bool = False) -> None:
+        """Note what the stream has brought. What is reported in the middle of one *is_whole* only at its end."""
         exchange = self._exchange
-        if relay.usage is not None:
-            exchange.usage = relay.usage
+        usage = relay.usage
+        if usage is not None:
             exchange.service_tier = known_tier(relay.service_tier)
-            exchange.is_estimated = False
+            exchange.is_estimated = not (is_whole or relay.is_done or relay.is_usage_last)
+        if usage is not None and (not exchange.is_estimated or usage.counts()[1] >= relay.observed_tokens):
+            exchange.usage = usage
         else:
+            if usage is not None:
+                exchange.usage, exchange.tokens_estimated = None, usage.counts()
             exchange.observed(relay.observed_tokens)
         if relay.error is not None:
             exchange.error_code = "upstream_error_after_first_byte"

@@ -204,7 +204,4 @@ def _estimated(exchange: Exchange) -> Units:
 
 
 def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
-    if price is None:
-        # What used nothing costs nothing, whatever it would have cost.
-        return None if units != NO_UNITS else 0
-    return rate(units, price.terms, service_tier)
+    return rate(units, None if price is None else price.terms, service_tier)

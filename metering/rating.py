@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import asdict, astuple, replace
 
 from core.money import NanoUsd
-from metering.usage import UNIT_NAMES, Units
+from metering.usage import NO_UNITS, UNIT_NAMES, Units
 
 UNITS_PER_PRICE: Final = 1_000_000
 DEFAULT_TIER: Final = "default"
@@ -89,15 +89,10 @@ class PriceTerms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """The most that a call can use. *service_tier* as the caller asked; None or `auto` lets the provider decide.
-
-    *images_max* counts pictures that are priced by the piece: 0 where they are priced by tokens.
-    """
+    """The most that a call can use. *service_tier* as the caller asked; None or `auto` lets the provider decide."""
 
     input_tokens_max: int
     output_tokens_max: int
-    images_max: int = 0
-    audio_seconds_max: int = 0
     may_write_cache: bool = False
     has_audio_input: bool = False
     may_output_audio: bool = False
@@ -110,11 +105,14 @@ def known_tier(service_tier: str | None) -> str:
     return service_tier if service_tier in _TIERS else DEFAULT_TIER
 
 
-def rate(units: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd | None:
+def rate(units: Units, terms: PriceTerms | None, service_tier: str | None) -> NanoUsd | None:
     """What *units* cost in nano-USD, rounded up once: rounding per dimension would overcharge.
 
-    None when something was used that has no rate. Errors: ValueError for negative units: see `difference`.
+    None when something was used that has no rate; what used nothing costs nothing, whatever it would have cost.
+    Errors: ValueError for negative units: a correction is the difference of two whole calls, each rated by itself.
     """
+    if terms is None:
+        return NanoUsd(0) if units == NO_UNITS else None
     steps = _steps(terms, service_tier)
     counts = astuple(units)
     prompt, output = counts[0], counts[_OUTPUT]
@@ -135,15 +133,6 @@ def rate(units: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd |
                 return None
             scaled += count * price
     return _rounded_up(scaled)
-
-
-def difference(before: Units, after: Units, terms: PriceTerms, service_tier: str | None) -> NanoUsd | None:
-    """What correcting *before* to *after* adds to the cost; negative where it was too much. None: unpriced.
-
-    Differences of units cannot be rated themselves: the step goes by the whole prompt.
-    """
-    paid, due = rate(before, terms, service_tier), rate(after, terms, service_tier)
-    return None if paid is None or due is None else NanoUsd(due - paid)
 
 
 def worst_case(terms: PriceTerms, ask: Ask) -> NanoUsd | None:
@@ -225,8 +214,6 @@ def _dearest(rates: Rates, ask: Ask, prompt_max: int) -> int | None:
     for count, names in (
         (prompt_max, _input_names(ask)),
         (ask.output_tokens_max, _output_names(ask)),
-        (ask.images_max, ("images",)),
-        (ask.audio_seconds_max, ("audio_seconds",)),
     ):
         if count > 0:
             prices = [rate_of(rates, name) for name in names]

@@ -17,7 +17,7 @@ import structlog
 from metering import partitions
 from metering.entries import LOST, SETTLE, Attribution, Entry, Result, settle_arguments
 from metering.prices import terms_of
-from metering.rating import PriceTerms, rate
+from metering.rating import DEFAULT_TIER, PriceTerms, rate
 from metering.usage import Units
 
 Run = Callable[..., Awaitable[list[Any]]]
@@ -60,15 +60,15 @@ def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Ent
         images=orphan["images"],
         audio_seconds=orphan["audio_seconds"],
     )
-    cost = _rated(units, terms.get(orphan["price_id"] or ""))
-    charge = _rated(units, terms.get(orphan["charge_price_id"] or ""))
+    cost = rate(units, terms.get(orphan["price_id"] or ""), DEFAULT_TIER)
+    charge = rate(units, terms.get(orphan["charge_price_id"] or ""), DEFAULT_TIER)
     return Entry(
         request_id=orphan["request_id"],
         attribution=Attribution(*(orphan[name] for name in Attribution._fields)),
         result=Result(
             kind="usage",
             seq=0,
-            service_tier="default",
+            service_tier=DEFAULT_TIER,
             quality="estimated",
             is_unpriced=cost is None or charge is None,
             requests=1,
@@ -81,7 +81,3 @@ def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Ent
         started_ms=orphan["started_ms"],
         duration_ms=orphan["duration_ms"],
     )
-
-
-def _rated(units: Units, terms: PriceTerms | None) -> int | None:
-    return None if terms is None else rate(units, terms, "default")

@@ -156,9 +156,7 @@ def _rating(cost: int, charge: int, is_unpriced: bool) -> str:  # noqa: FBT001 -
 
 def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
     """Return what *units* cost. None: unpriced, or such as nobody can have used."""
-    if units == NO_UNITS:
-        return 0
     try:
-        return None if price is None else rate(units, price.terms, service_tier)
+        return rate(units, None if price is None else price.terms, service_tier)
     except ValueError:
         return None

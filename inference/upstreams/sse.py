@@ -60,6 +60,7 @@ class SseRelay:
         "error",
         "events",
         "is_done",
+        "is_usage_last",
         "service_tier",
         "usage",
     )
@@ -78,6 +79,11 @@ class SseRelay:
         self.service_tier: str | None = None
         self.error: bytes | None = None
         self.is_done = False
+        self.is_usage_last = False
+        """Whether the usage came in a chunk of its own, which comes when the answer is whole.
+
+        Some providers say with every chunk how much it is by then (vLLM's `continuous_usage_stats`, Gemini).
+        """
         self.events = 0
 
     @property
@@ -164,6 +170,7 @@ class SseRelay:
         if chunk.usage is None:
             return None
         self.usage = chunk.usage if is_credible(chunk.usage) else None
+        self.is_usage_last = not chunk.choices
         self.service_tier = chunk.service_tier
         if self._hides_usage and chunk.choices == []:
             return b""

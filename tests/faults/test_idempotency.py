@@ -396,6 +396,25 @@ class TestPostgresql:
         entry = await eventually(lambda: place.books.entries(caller), 10)
         assert [(one["kind"], one["quality"]) for one in entry] == [("usage", "exact")]
 
+    async def test_a_gateway_that_is_stopped_keeps_the_answers_that_wait_to_be_kept(
+        self, place: Place, provider: FakeProvider, victim: Gateway, caller: Tenant, name: str
+    ) -> None:
+        gate = Gate()
+        provider.scripts.append(gate.stream)
+        first = asyncio.create_task(ask(victim, caller, name, _STREAM))
+        await gate.begun.wait()
+        await place.postgres.stop()
+        try:
+            gate.opened.set()
+            whole = (await first).body
+            victim.terminate()
+        finally:
+            await place.postgres.start()
+        await victim.wait()
+        again = await ask(place.other, caller, name, _STREAM)
+        assert (is_replayed(again), again.body) == (True, whole)
+        assert len(provider.received) == 1
+
 
 class TestSlow:
     async def test_who_joins_and_does_not_read_holds_nobody_up_and_costs_no_memory(

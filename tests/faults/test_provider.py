@@ -211,6 +211,37 @@ class TestInAStream:
         line = await _is_settled(gateway, tenant, redis)
         assert (line["outcome"], line["tokens_estimated"]) == ("upstream_failed", True)
 
+    @pytest.mark.parametrize(("reported", "billed"), [(1, 3), (90, 90)])
+    async def test_a_usage_in_the_middle_of_a_stream_that_breaks_off_is_not_the_last_word(
+        self,
+        gateway: Gateway,
+        provider: FakeProvider,
+        tenant: Tenant,
+        model: str,
+        redis: Redis,
+        reported: int,
+        billed: int,
+    ) -> None:
+        """Guarantee: of what was reported and what was seen the larger is billed, as an estimate."""
+        so_far = {"prompt_tokens": 70, "completion_tokens": reported, "total_tokens": 70 + reported}
+        event = {**msgspec.json.decode(chunk("a")), "usage": so_far}
+        events = (msgspec.json.encode(event), chunk("b"), chunk("c"))
+        body = b"".join(_chunked(b"data: " + one + b"\n\n") for one in events)
+        provider.scripts.append(_bytes_then(_HEAD + body, "reset"))
+        got = await call(gateway.port, post(PATH, tenant.key, chat(model, stream=True)))
+        assert _last_error(got)["code"] == "upstream_unreachable"
+        line = await _is_settled(gateway, tenant, redis)
+        assert (line["input_tokens"], line["output_tokens"], line.get("tokens_estimated")) == (70, billed, True)
+
+    async def test_a_usage_that_came_last_is_the_last_word_whatever_breaks_behind_it(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, model: str, redis: Redis
+    ) -> None:
+        body = b"".join(_chunked(b"data: " + one + b"\n\n") for one in (chunk("a"), chunk(usage=(70, 5))))
+        provider.scripts.append(_bytes_then(_HEAD + body, "reset"))
+        await call(gateway.port, post(PATH, tenant.key, chat(model, stream=True)))
+        line = await _is_settled(gateway, tenant, redis)
+        assert (line["output_tokens"], line.get("tokens_estimated")) == (5, None)
+
     async def test_a_stall_between_events_ends_at_the_idle_deadline(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, model: str, redis: Redis
     ) -> None:

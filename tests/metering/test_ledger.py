@@ -23,7 +23,6 @@ from tests.harness.private_stores import PrivatePostgres, private_postgres
 from tests.harness.stores import TestStores
 from tests.metering.conftest import Books
 
-
 _HANG_UP = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'aap-ledger'"
 
 
@@ -151,7 +150,6 @@ class TestPostgresqlDown:
         await eventually(lambda: ledger.undurable_seconds == 0, 20)
         await ledger.intend(books.intent())
         await ledger.close()
-
 
     async def test_one_that_only_reads_is_not_back(
         self, postgres: tuple[PrivatePostgres, TestStores], books: Books

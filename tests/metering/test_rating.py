@@ -15,7 +15,6 @@ from metering.rating import (
     PriceTerms,
     Rates,
     Step,
-    difference,
     effective_rates,
     known_tier,
     rate,
@@ -99,15 +98,13 @@ class TestRate:
 
     def test_nothing_costs_nothing_even_without_a_price(self) -> None:
         assert rate(NO_UNITS, terms(step()), "priority") == 0
+        assert rate(NO_UNITS, None, "priority") == 0
+        assert rate(Units(input_tokens=1), None, "priority") is None
 
-    def test_differences_are_not_rated_but_come_of_two_ratings(self) -> None:
-        """Guarantee: a correction that crosses a step pays what the whole call costs in the other step."""
+    def test_differences_are_not_rated(self) -> None:
+        """Guarantee: a correction that crosses a step cannot be priced by the step of its difference."""
         with pytest.raises(ValueError, match="input_tokens is -1"):
             rate(Units(input_tokens=-1), GPT_4O, None)
-        long, short = Units(input_tokens=300), Units(input_tokens=100)
-        assert difference(long, short, STEPPED, None) == 100 * 3 - 300 * 6
-        assert difference(short, long, STEPPED, None) == 300 * 6 - 100 * 3
-        assert difference(short, Units(images=1), STEPPED, None) is None
 
     def test_a_price_of_an_image_and_of_a_second(self) -> None:
         # 0.04 USD a picture, 0.0001 USD a second.
@@ -197,8 +194,6 @@ def an_ask_and_usage_within_it(draw: st.DrawFn) -> tuple[Ask, Units, str | None]
     ask = Ask(
         input_tokens_max=draw(st.integers(0, 4_000)),
         output_tokens_max=draw(st.integers(0, 4_000)),
-        images_max=draw(st.sampled_from([0, 0, 3])),
-        audio_seconds_max=draw(st.sampled_from([0, 0, 90])),
         may_write_cache=flags[0],
         has_audio_input=flags[1],
         may_output_audio=flags[2],
@@ -211,8 +206,6 @@ def an_ask_and_usage_within_it(draw: st.DrawFn) -> tuple[Ask, Units, str | None]
     outputs = ["output_tokens", "reasoning_tokens"]
     outputs += ["output_audio_tokens"] * ask.may_output_audio + ["output_image_tokens"] * ask.may_output_images
     used = dict(draw(shares(inputs, ask.input_tokens_max))) | dict(draw(shares(outputs, ask.output_tokens_max)))
-    used["images"] = draw(st.integers(0, ask.images_max))
-    used["audio_seconds"] = draw(st.integers(0, ask.audio_seconds_max))
     answered = st.sampled_from(["default", "priority", "flex", "no such"])
     served = answered if ask.service_tier in {None, "auto"} else st.sampled_from([ask.service_tier, "default"])
     return ask, Units(**used), draw(served)
@@ -256,8 +249,6 @@ class TestWorstCase:
             (Ask(input_tokens_max=1_000, output_tokens_max=100), 5_950_000),
             (Ask(input_tokens_max=1_000, output_tokens_max=100, service_tier="auto"), 5_950_000),
             (Ask(input_tokens_max=0, output_tokens_max=0), 0),
-            (Ask(input_tokens_max=0, output_tokens_max=0, images_max=1), None),
-            (Ask(input_tokens_max=0, output_tokens_max=0, audio_seconds_max=1), None),
         ],
     )
     def test_by_tier(self, ask: Ask, amount: int | None) -> None:

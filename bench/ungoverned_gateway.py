@@ -16,6 +16,7 @@ from gateway.server import serve
 from inference.catalog import Deployment
 from inference.exchange import Exchange
 from inference.metered import CallMeter
+from inference.wire import ParsedRequest
 from keys.limits import QuotaPlan
 from keys.quota import NOTHING, Quota, Reservation, Spend
 from keys.secrets import redact
@@ -33,7 +34,7 @@ async def _serve(log: LogWriter) -> None:
     permitted = asyncio.get_running_loop().create_future()
     permitted.set_result(None)
 
-    def permit(_: CallMeter, __: Exchange, ___: Deployment, ____: int) -> asyncio.Future[None]:
+    def permit(_: CallMeter, __: Exchange, ___: Deployment, ____: ParsedRequest) -> asyncio.Future[None]:
         return permitted
 
     Quota.reserve = _admit

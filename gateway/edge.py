@@ -139,11 +139,11 @@ class HotRoutes:
                 await self._once.record(claim, exchange, data)
             if run.begin(call.status, call.content_type, passed_on(call.headers), data):
                 await run.drained()
-            while data := await call.read():
-                if claim is not None:
-                    await self._once.record(claim, exchange, data)
-                if run.write(data):
+            if claim is None:
+                while not await call.pass_on(run.write):
                     await run.drained()
+            else:
+                await self._record(run, call, claim)
         except asyncio.CancelledError:
             call.abort()
             raise
@@ -152,6 +152,13 @@ class HotRoutes:
         if run.is_gone:
             exchange.outcome = "client_gone"
         run.end()
+
+    async def _record(self, run: Run, call: Call, claim: Claim) -> None:
+        """Pass the events through behind the first, each of them recorded first."""
+        while data := await call.read():
+            await self._once.record(claim, run.exchange, data)
+            if run.write(data):
+                await run.drained()
 
 
 def _note(exchange: Exchange, error: AppError) -> None:

@@ -208,6 +208,30 @@ class Call:
                 return out
             data = b""
 
+    async def pass_on(self, write: Callable[[bytes], bool]) -> bool:
+        """Give *write* the next bytes for the caller as they come; return whether that was all.
+
+        False as soon as *write* returns True: the caller takes less than it is sent. Errors: as `read`.
+        """
+        relay = self._relay
+        assert relay is not None
+        feed = relay.feed
+
+        def sink(data: bytes) -> bool:
+            out = feed(data)
+            return not (out and write(out))
+
+        try:
+            if not await self._answer.pass_on(sink):
+                return False
+        except UpstreamError as error:
+            self._observe(relay)
+            raise translated(error) from error
+        rest = self._end(relay)
+        if rest:
+            write(rest)
+        return True
+
     def _end(self, relay: SseRelay) -> bytes:
         rest = relay.finish()
         is_cut = bool(rest) and not relay.is_done

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final, Protocol
 
 import msgspec
@@ -43,6 +44,10 @@ class Answer(Protocol):
         """Return what has arrived since the last call; b"" at the clean end. Errors: UpstreamError."""
         ...
 
+    async def pass_on(self, sink: Callable[[bytes], bool]) -> bool:
+        """Give *sink* what arrives until it returns False; return whether all is read. Errors: those of `read`."""
+        ...
+
     async def read_all(self, bytes_max: int) -> bytes:
         """Return the rest of the body. Errors: BodyTooLarge, and those of `read`."""
         ...
@@ -67,7 +72,22 @@ class Upstream(Protocol):
         ...
 
 
-class HeldAnswer:
+class _ReadByPieces(abc.ABC):
+    """An answer that can be read, and so can be passed on."""
+
+    @abc.abstractmethod
+    async def read(self) -> bytes:
+        """Return the next piece; b"" at the end."""
+
+    async def pass_on(self, sink: Callable[[bytes], bool]) -> bool:
+        """Give *sink* each piece until it returns False; return whether all is read. Errors: those of `read`."""
+        while piece := await self.read():
+            if not sink(piece):
+                return False
+        return True
+
+
+class HeldAnswer(_ReadByPieces):
     """An answer whose body is already here."""
 
     def __init__(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
@@ -89,7 +109,7 @@ class HeldAnswer:
         """Do nothing: the provider is done."""
 
 
-class GeneratedAnswer:
+class GeneratedAnswer(_ReadByPieces):
     """An answer that is made piece by piece in this process. Deadlines hold between the pieces."""
 
     def __init__(self, status: int, content_type: bytes, pieces: AsyncIterator[bytes], deadlines: Deadlines) -> None:

@@ -28,6 +28,74 @@ async def begin(client, upstream, raw: bytes, deadlines=DEADLINES, **changes):
     return peer, await task
 
 
+class TestPassingOn:
+    async def test_what_arrives_is_given_on_at_once_and_in_order_until_the_end(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\nab")
+        given: list[bytes] = []
+
+        def sink(data: bytes) -> bool:
+            given.append(data)
+            if len(given) < 3:  # what is answered to one piece is behind it
+                peer.send(b"cd" if len(given) == 1 else b"ef")
+            return True
+
+        assert await response.pass_on(sink)
+        assert given == [b"ab", b"cd", b"ef"]
+        assert await response.read() == b""
+
+    async def test_who_wants_no_more_has_what_was_given_and_nothing_is_lost(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\n")
+        given: list[bytes] = []
+
+        def sink(data: bytes) -> bool:
+            given.append(data)
+            return False
+
+        for piece in (b"ab", b"cd", b"ef"):
+            peer.send(piece)
+            assert not await response.pass_on(sink)
+        assert await response.pass_on(sink)
+        assert given == [b"ab", b"cd", b"ef"]
+
+    async def test_its_failure_is_the_readers_and_closes_the_connection(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\n")
+
+        def sink(data: bytes) -> bool:
+            raise ZeroDivisionError(data)
+
+        passing = asyncio.create_task(response.pass_on(sink))
+        await until(lambda: response._waiter is not None)
+        peer.send(b"ab")
+        with pytest.raises(ZeroDivisionError, match="ab"):
+            await passing
+        assert await peer.gone()
+
+    async def test_a_break_comes_behind_what_arrived_before_it(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\nab")
+        given: list[bytes] = []
+
+        def sink(data: bytes) -> bool:
+            given.append(data)
+            peer.close()
+            return True
+
+        with pytest.raises(ConnectionLost):
+            await response.pass_on(sink)
+        assert given == [b"ab"]
+
+    async def test_who_is_cancelled_gets_nothing_more_and_closes_the_connection(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\n")
+        given: list[bytes] = []
+        passing = asyncio.create_task(response.pass_on(lambda data: not given.append(data)))
+        await until(lambda: response._waiter is not None)
+        passing.cancel()
+        response.wake()
+        with pytest.raises(asyncio.CancelledError):
+            await passing
+        assert await peer.gone()
+        assert given == []
+
+
 class TestDeadlines:
     async def test_silence_after_the_request_ends_at_the_first_byte_deadline(self, client, upstream) -> None:
         with pytest.raises(FirstByteTimedOut, match=r"0\.05 s"):

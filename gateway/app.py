@@ -12,7 +12,6 @@ from litestar.datastructures import State
 from litestar.di import Provide
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.openapi.config import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import AppError, Invalid
@@ -31,7 +30,7 @@ from gateway.http1.asgi import serve_asgi
 from gateway.http1.request import HttpRequest
 from gateway.routes import health, ledger, metrics, models, usage
 from gateway.routes.dependencies import provide_principal, provide_runtime
-from gateway.routes.openapi import describe_hot_routes
+from gateway.routes.openapi import WholeDocument
 from gateway.runtime import Runtime
 from keys.secrets import redact
 
@@ -58,7 +57,8 @@ class Application:
 
 def create_site(runtime: Runtime) -> Litestar:
     """Return the routes that are not hot."""
-    site = Litestar(
+    hot = {path.decode(): endpoint for path, endpoint in runtime.hot.endpoints.items()}
+    return Litestar(
         route_handlers=[*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *health.ROUTES, *metrics.ROUTES],
         state=State({"runtime": runtime}),
         dependencies={
@@ -70,14 +70,11 @@ def create_site(runtime: Runtime) -> Litestar:
             title="AI Agent Platform gateway",
             version=VERSION,
             path="/openapi.json",
-            render_plugins=[JsonRenderPlugin(path="/")],
+            render_plugins=[WholeDocument(hot)],
         ),
         request_max_body_size=_BODY_BYTES_MAX,
         debug=False,
     )
-    hot = {path.decode(): endpoint for path, endpoint in runtime.hot.endpoints.items()}
-    describe_hot_routes(site.openapi_schema, hot)
-    return site
 
 
 def _governed(site: ASGIApp) -> ASGIApp:

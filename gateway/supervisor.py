@@ -151,18 +151,19 @@ class _Family:
         self._processes: list[_Process] = []
 
     def start(self) -> None:
-        """Start every process; return when each API process has opened the port. Errors: ProcessFailed."""
-        api = [
-            _Process("gateway.server", self._environment, self._lifeline) for _ in range(self._settings.edge.workers)
-        ]
+        """Start every process; return when each API process has opened the port. Errors: ProcessFailed.
+
+        The worker comes last: calls can be answered without it, and sooner if it does not start beside them.
+        """
+        api = [self._process("gateway.server") for _ in range(self._settings.edge.workers)]
         self._processes += api
-        if self._with_worker:
-            self._processes.append(_Process("gateway.worker", self._environment, self._lifeline))
         deadline = time.monotonic() + _READY_SECONDS_MAX
         for process in api:
             readable, _, _ = select.select([process.ready], [], [], max(0.0, deadline - time.monotonic()))
             if not readable or not os.read(process.ready, 1):
                 raise ProcessFailed("an API process did not become ready; see the log above")
+        if self._with_worker:
+            self._processes.append(self._process("gateway.worker"))
 
     def _process(self, module: str) -> _Process:
         return _Process(module, self._environment, self._lifeline)

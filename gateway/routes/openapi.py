@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import msgspec
+from litestar import Request
+from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import (
     OpenAPI,
     OpenAPIHeader,
@@ -58,6 +62,26 @@ _ANSWER_HEADERS = {
         description="What a whole answer is charged, in US dollars. Absent on streams, replays, and without a price.",
     ),
 }
+
+
+class WholeDocument(JsonRenderPlugin):
+    """Renders what Litestar knows of the routes, and the hot ones beside it.
+
+    Once, and when somebody asks: it takes a tenth of a second, for which no start should wait.
+    """
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        super().__init__(path="/")
+        self._endpoints = endpoints
+        self._rendered = b""
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:  # noqa: ARG002 - Litestar's half of it
+        """Return the document as JSON."""
+        if not self._rendered:
+            document = request.app.openapi_schema
+            describe_hot_routes(document, self._endpoints)
+            self._rendered = msgspec.json.encode(document.to_schema())
+        return self._rendered
 
 
 def describe_hot_routes(document: OpenAPI, endpoints: Mapping[str, Endpoint]) -> None:

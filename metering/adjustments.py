@@ -1,7 +1,7 @@
 """Corrections and credits that an operator makes by hand: entries like all others, with a note that says why.
 
 Nothing is changed: an adjustment is a difference beside the call's entry, a credit an amount of its own. Windows and
-budgets follow in the same transaction, hard budgets in Redis within seconds (`metering.budgets.reconcile`).
+budgets follow in the same transaction, hard budgets in Redis within seconds (`metering.reconcile`).
 """
 
 from __future__ import annotations

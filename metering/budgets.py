@@ -9,48 +9,32 @@ every few seconds.
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator, Mapping
-from datetime import datetime, timedelta
-from importlib.resources import files
-from typing import Any, Final, NamedTuple, cast
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Final, cast
 
 import msgspec
-from redis.asyncio import Redis
-from sqlalchemy import ARRAY, Text, any_, func, select, text
-from sqlalchemy import cast as cast_to
+from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.clock import Clock
 from core.database import Database
-from core.ids import OrganizationId, moment_of, new_id
+from core.ids import OrganizationId, new_id
 from core.money import NanoUsd
-from keys.budgets import Budget, Standing, budget_of, period_bounds, state_key
+from keys.budgets import Budget, Standing, budget_of, period_bounds
 from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope
 from keys.errors import BudgetInvalid, TenantNotFound
 from keys.lifecycle import record_change, require_scope_target
 from keys.tables import BudgetRow
 from metering.plain_sql import fetch
-from metering.tables import BudgetEventRow, BudgetPeriodRow, LedgerEntryRow, SpendWindowRow, UsageIntentRow
+from metering.tables import BudgetEventRow, BudgetPeriodRow, SpendWindowRow, UsageIntentRow
 
 _SCOPES: Final = {"organization": "organization_id", "project": "project_id", "key": "key_id"}
-_RECONCILE: Final = files("metering").joinpath("budget_reconcile.lua").read_text()
 _CHARGED: Final = """
 SELECT budget_id, spent_nano_usd
 FROM unnest($1::text[], $2::timestamptz[]) AS wanted (budget_id, starts_at)
 JOIN budget_periods USING (budget_id, starts_at)
 """
-_PAGE_BUDGETS: Final = 200
-# Within 2.6 s of its reservation a call's intent is durable, or the call refused: half a second for Redis's answer
-# (`core.resp`), two and a look every 0.1 s for the intent (`metering.ledger`). The rest is for an event loop and a
-# PostgreSQL that are held up. A worker's rounds are 5 s apart: the second of two is enough.
-ROUNDS_APART_SECONDS: Final = 4.0
-# What PostgreSQL knows nothing of has mostly just come, and is not worth a mark. And where a gateway stands still
-# before it writes an intent (a paused machine), calls that had just come are safe for so long, not only for the above.
-_ABANDONED_AFTER: Final = timedelta(seconds=60)
-# What marks are made of: to Python and Lua, "60 \t \n" is the same number as "60".
-_MARK_BYTES: Final = b" \t\n\r"
 
 
 class BudgetStanding(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,7 +166,7 @@ async def list_standings(
     """Return the organization's budgets, oldest first, and what was charged against each in its present period."""
     own = select(BudgetRow).where(BudgetRow.organization_id == organization_id).order_by(BudgetRow.id)
     bounds = [(one, *period_bounds(one.period, now)) for one in map(budget_of, await session.scalars(own))]
-    spent = await _charged(session, {budget.id: starts_at for budget, starts_at, _ in bounds})
+    spent = await charged_in(session, {budget.id: starts_at for budget, starts_at, _ in bounds})
     return [
         BudgetStanding(
             budget=budget,
@@ -220,178 +204,7 @@ async def list_events(session: AsyncSession, limit: int, *, organization_id: Org
     return [BudgetEvent(**{name: getattr(row, name) for name in BudgetEvent.__struct_fields__}) for row in rows]
 
 
-class _Sighting(NamedTuple):
-    """What Redis held for a call, to the byte, by the end of some round."""
-
-    value: bytes
-    at_seconds: float
-
-
-class Rounds:
-    """What the rounds of one worker have seen held in Redis for calls that do not run.
-
-    A call reserves in Redis first, and PostgreSQL hears of it a little later; under an Idempotency-Key it may reserve
-    anew under the id of a lost call, however old that is, and be it in the ledger. So a reservation is settled for
-    others only when two rounds, *apart_seconds* or more from each other, have seen the very same. 0: one look will do.
-
-    The amount cannot say that it is the same. The first round to see it therefore puts a mark behind the amount: white
-    space that no other round has made. Whoever reads the number reads the same one; a new reservation under the same id
-    writes the number alone (`keys/quota.lua`), and is seen for the first time again.
-
-    All is kept in memory, and by one clock: a restarted worker begins anew, and of several each judges for itself. A
-    mark that it has not seen before is one more first sight.
-    """
-
-    def __init__(self, clock: Clock, apart_seconds: float = ROUNDS_APART_SECONDS) -> None:
-        self._clock = clock
-        self._apart_seconds = apart_seconds
-        self._began_seconds = 0.0
-        self._before: dict[tuple[bytes, bytes], _Sighting] = {}
-        self._now: dict[tuple[bytes, bytes], bytes] = {}
-        self.mark = b""
-
-    def begin(self) -> None:
-        """Begin a round. What one that failed has seen is forgotten; its marks are found by this one."""
-        self._began_seconds = self._clock.monotonic_seconds()
-        self._now = {}
-        self.mark = bytes(_MARK_BYTES[byte & 3] for byte in os.urandom(16))
-
-    def have_seen(self, place: tuple[bytes, bytes], value: bytes) -> bool:
-        """Tell whether this very reservation was seen long enough before this round began."""
-        if not self._apart_seconds:
-            return True
-        seen = self._before.get(place)
-        return seen is not None and seen.value == value and self._began_seconds - seen.at_seconds >= self._apart_seconds
-
-    def see(self, place: tuple[bytes, bytes], value: bytes) -> None:
-        """Note what Redis holds, as it is marked by the end of this round."""
-        self._now[place] = value
-
-    def end(self) -> None:
-        """Remember what this round has seen, and nothing else. It counts from now: every mark was made by now."""
-        now_seconds, before = self._clock.monotonic_seconds(), self._before
-        self._before = {
-            place: seen if (seen := before.get(place)) and seen.value == value else _Sighting(value, now_seconds)
-            for place, value in self._now.items()
-        }
-
-
-class _Known(NamedTuple):
-    """What PostgreSQL knows of calls that Redis holds, and of the budgets that hold them, in one snapshot."""
-
-    ended: dict[str, int]
-    """What they were charged, in nano-USD."""
-    running: set[str]
-    charged: dict[str, int]
-
-
-async def reconcile(database: Database, redis: Redis, clock: Clock, rounds: Rounds | None = None) -> int:
-    """Put right what Redis holds of every budget; return how many reservations were settled for others.
-
-    Of soft ones too, if Redis knows them: it has not counted since they were hard, and they may become so again.
-
-    What two of the *rounds* have seen held for a call that does not run is charged what the ledger says, or given back
-    if the ledger says nothing and the id is a minute old; and Redis knows as much as PostgreSQL then. Without *rounds*
-    one look is enough: only for where no call can be admitted meanwhile.
-
-    Errors: what either store raises. The pages of budgets before that are done; the next round does the rest.
-    """
-    rounds = rounds or Rounds(clock, apart_seconds=0)
-    rounds.begin()
-    count = 0
-    async for page in _budgets(database):
-        count += await _reconcile_page(database, redis, clock, rounds, page)
-    rounds.end()
-    return count
-
-
-async def _reconcile_page(database: Database, redis: Redis, clock: Clock, rounds: Rounds, page: list[Budget]) -> int:
-    now = clock.now()
-    starts = {budget.id: period_bounds(budget.period, now)[0] for budget in page}
-    keys = {budget.id: state_key(budget, starts[budget.id]) for budget in page}
-    # In this order. What was charged before the reservations are read is settled in Redis, or still reserved and found
-    # among them; and what Redis has counted by then is all in PostgreSQL afterwards.
-    async with database.transaction() as session:
-        charged_before = await _charged(session, starts)
-    # Not as transactions: in a cluster, each organization's budgets may live on another node.
-    reading: Any = redis.pipeline(transaction=False)
-    for key in keys.values():
-        reading.hgetall(key)
-    read: list[dict[bytes, bytes]] = await reading.execute()
-    states = {budget_id: state for budget_id, state in zip(keys, read, strict=True) if b"s" in state}
-    if not states:
-        return 0
-    held = {name.decode() for state in states.values() for name in state if len(name) > 1}
-    known = await _ended(database, list(held), {budget_id: starts[budget_id] for budget_id in states})
-    writing: Any = redis.pipeline(transaction=False)
-    for budget_id, state in states.items():
-        settled, charged_later = _judge(keys[budget_id], state, known, rounds, now - _ABANDONED_AFTER)
-        spent = int(state[b"s"])
-        least = charged_before.get(budget_id, 0) - charged_later
-        excess = max(0, spent - known.charged.get(budget_id, 0))
-        if settled or excess or spent < least:
-            writing.eval(_RECONCILE, 1, keys[budget_id], least, excess, rounds.mark, *settled)
-    return sum(map(int, await writing.execute()))
-
-
-def _judge(
-    key: bytes, state: Mapping[bytes, bytes], known: _Known, rounds: Rounds, oldest: datetime
-) -> tuple[list[bytes | int], int]:
-    """Return the script's arguments for what is held and does not run, and what was charged of that which stays held.
-
-    The latter counts as spent when it is taken out, not before.
-    """
-    arguments: list[bytes | int] = []
-    charged_later = 0
-    for name, value in state.items():
-        request_id = name.decode()
-        if len(name) == 1 or request_id in known.running:
-            continue
-        charge = known.ended.get(request_id)
-        if charge is None and moment_of(request_id) >= oldest:
-            continue
-        if rounds.have_seen((key, name), value):
-            arguments += (name, value, charge or 0)
-            continue
-        charged_later += charge or 0
-        is_marked = not value.isdigit()
-        if not is_marked:
-            arguments += (name, value, b"")
-        rounds.see((key, name), value if is_marked else value + rounds.mark)
-    return arguments, charged_later
-
-
-async def _charged(session: AsyncSession, starts: Mapping[str, datetime]) -> dict[str, int]:
+async def charged_in(session: AsyncSession, starts: Mapping[str, datetime]) -> dict[str, int]:
     """Return what was charged of budgets, by id, in the periods that began then; nothing where nothing was."""
     rows = await fetch(session, _CHARGED, list(starts), list(starts.values()))
     return {row.budget_id: row.spent_nano_usd for row in rows}
-
-
-async def _budgets(database: Database) -> AsyncIterator[list[Budget]]:
-    """Yield every budget, a page at a time: nothing is held open while Redis is asked."""
-    last = ""
-    while True:
-        async with database.transaction() as session:
-            statement = select(BudgetRow).where(BudgetRow.id > last).order_by(BudgetRow.id)
-            page = [budget_of(row) for row in await session.scalars(statement.limit(_PAGE_BUDGETS))]
-        if page:
-            yield page
-        if len(page) < _PAGE_BUDGETS:
-            return
-        last = page[-1].id
-
-
-async def _ended(database: Database, held: list[str], starts: Mapping[str, datetime]) -> _Known:
-    """Return what is known of the calls *held*, and of the budgets in the periods that began then."""
-    ids = any_(cast_to(held, ARRAY(Text)))
-    charged = (
-        select(LedgerEntryRow.request_id, func.sum(LedgerEntryRow.charge_nano_usd))
-        .where(LedgerEntryRow.request_id == ids)
-        .group_by(LedgerEntryRow.request_id)
-    )
-    running = select(UsageIntentRow.request_id).where(UsageIntentRow.request_id == ids)
-    async with database.transaction() as session:
-        # One snapshot for all: a call that ends meanwhile is still running in it.
-        await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-        ended = {row[0]: int(row[1]) for row in await session.execute(charged)}
-        return _Known(ended, set(await session.scalars(running)), await _charged(session, starts))

@@ -1,7 +1,7 @@
 """Hard budgets in Redis beside what PostgreSQL says: for information.
 
 While calls run the two differ for moments: a call is charged in PostgreSQL first, and a reservation comes before its
-intent. A worker puts right what does not go away by itself (`metering.budgets.reconcile`), so what is still told when
+intent. A worker puts right what does not go away by itself (`metering.reconcile`), so what is still told when
 nothing runs, or again and again, tells that none does.
 """
 

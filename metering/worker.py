@@ -19,8 +19,9 @@ from redis.exceptions import RedisError
 from core.clock import Clock
 from core.database import DOWN, Database
 from core.settings import LedgerSettings
-from metering import budgets, partitions
+from metering import partitions
 from metering.archive import ArchiveUnwritable, archive_old
+from metering.reconcile import ROUNDS_APART_SECONDS, Rounds, reconcile
 from metering.sweeper import sweep
 from metering.writer import Writer
 
@@ -45,7 +46,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     sweep_seconds: float = 5.0
     """A lost call is in the ledger a lease and one round after its gateway's death: below a minute."""
     reconcile_seconds: float = 5.0
-    rounds_apart_seconds: float = budgets.ROUNDS_APART_SECONDS
+    rounds_apart_seconds: float = ROUNDS_APART_SECONDS
     """How far apart two rounds lie that must have seen a reservation for no running call, before it is settled."""
     housekeeping_seconds: float = 3_600.0
     retry_seconds: float = 10.0
@@ -61,7 +62,7 @@ class MeteringWorker:
         self._settings = settings
         self._clock = clock
         self._pace = pace or Pace()
-        self._rounds = budgets.Rounds(clock, self._pace.rounds_apart_seconds)
+        self._rounds = Rounds(clock, self._pace.rounds_apart_seconds)
         self._writer = Writer(stores.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
 
     async def run(self) -> None:
@@ -89,7 +90,7 @@ class MeteringWorker:
 
         Those were seen in an earlier round, too.
         """
-        return await budgets.reconcile(self._stores.database, self._stores.redis, self._clock, self._rounds)
+        return await reconcile(self._stores.database, self._stores.redis, self._clock, self._rounds)
 
     async def keep_house(self) -> None:
         """Make partitions ahead, forget minutes."""

@@ -7,11 +7,10 @@ from datetime import datetime
 import msgspec
 
 from core.clock import SystemClock
-from core.ids import KeyId, OrganizationId
+from core.ids import OrganizationId
 from core.money import NanoUsd, parse_usd, usd_text
 from gateway.cli.common import fail
-from gateway.cli.stores import Stores, chosen_organization, on_stores
-from keys import lifecycle
+from gateway.cli.stores import Stores, chosen_organization, on_stores, owner_of
 from keys.dimensions import BudgetPeriod, BudgetScope
 from keys.revocation import KeyChange, Propagation, announce
 from metering import budgets
@@ -68,7 +67,7 @@ def change(
     limit = _amount(limit_usd)
 
     async def act(stores: Stores) -> Changed:
-        organization_id = await _owner(stores, scope, scope_id, org)
+        organization_id = await owner_of(stores, scope, scope_id, org)
         target = scope_id or organization_id
         async with stores.database.transaction() as session:
             sequence = await budgets.set_budget(
@@ -90,7 +89,7 @@ def delete(scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: 
     """Delete a budget and tell the gateways; return which of them know."""
 
     async def act(stores: Stores) -> Propagation:
-        organization_id = await _owner(stores, scope, scope_id, org)
+        organization_id = await owner_of(stores, scope, scope_id, org)
         async with stores.database.transaction() as session:
             sequence = await budgets.delete_budget(
                 session, (scope, scope_id or organization_id), period, organization_id=organization_id
@@ -129,14 +128,6 @@ def events(org: str | None, limit: int) -> list[EventRow]:
 async def _standings(stores: Stores, organization_id: OrganizationId) -> list[BudgetStanding]:
     async with stores.database.transaction() as session:
         return await budgets.list_standings(session, SystemClock().now(), organization_id=organization_id)
-
-
-async def _owner(stores: Stores, scope: BudgetScope, scope_id: str | None, org: str | None) -> OrganizationId:
-    """Return whose budget this is. A key names its organization, and an organization itself."""
-    if org is None and scope_id is not None and scope == "key":
-        async with stores.database.transaction() as session:
-            return await lifecycle.find_key_owner(session, KeyId(scope_id))
-    return await chosen_organization(stores, scope_id if org is None and scope == "organization" else org)
 
 
 def _amount(text: str) -> NanoUsd:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import click
 
-from gateway.cli.common import fail, json_option, org_option, print_json, show
+from gateway.cli.common import confirmed, json_option, org_option, print_json, require_confirmed, show
 from keys.dimensions import BudgetPeriod, BudgetScope
 
 _COLUMNS = ("budget", "scope", "id", "period", "limit_usd", "spent_usd", "kind", "renewed_at")
@@ -72,8 +72,8 @@ def set_budget(
         print_json(row)
     else:
         show([row], _COLUMNS, as_json=False, empty="")
-        click.echo(f"{_confirmed(row.propagation)}.")
-    _require_complete(row.propagation)
+        click.echo(f"{confirmed(row.propagation)}.")
+    require_confirmed(row.propagation)
 
 
 @budgets_command.command("clear")
@@ -96,8 +96,8 @@ def clear_budget(
     if as_json:
         print_json({"deleted": True, "propagation": propagation})
     else:
-        click.echo(f"The budget is gone; {_confirmed(propagation)}.")
-    _require_complete(propagation)
+        click.echo(f"The budget is gone; {confirmed(propagation)}.")
+    require_confirmed(propagation)
 
 
 @budgets_command.command("events")
@@ -115,13 +115,3 @@ def list_events(org: str | None, limit: int, as_json: bool) -> None:
 def _require_id(scope: Literal["organization", "project", "key"], scope_id: str | None) -> None:
     if scope_id is None and scope != "organization":
         raise click.UsageError(f"name the {scope}")
-
-
-def _confirmed(propagation: Any) -> str:
-    count = len(propagation.acknowledged)
-    return f"{count} running API process{'' if count == 1 else 'es'} confirmed it"
-
-
-def _require_complete(propagation: Any) -> None:
-    if not propagation.is_complete:
-        fail(f"not confirmed by {', '.join(propagation.missing)}: there the change holds within 5 seconds")

@@ -47,6 +47,18 @@ def show(rows: Sequence[msgspec.Struct], columns: Sequence[str], *, as_json: boo
     console.print(table)
 
 
+def confirmed(propagation: Any) -> str:
+    """Return how many gateways know of a change, in words."""
+    count = len(propagation.acknowledged)
+    return f"{count} running API process{'' if count == 1 else 'es'} confirmed it"
+
+
+def require_confirmed(propagation: Any, until_then: str = "the change holds") -> None:
+    """End with exit code 1 and the names of those gateways that have not said in time that they know of a change."""
+    if not propagation.is_complete:
+        fail(f"not confirmed by {', '.join(propagation.missing)}: there {until_then} within 5 seconds")
+
+
 def print_json(value: Any) -> None:
     """Print *value* as indented JSON."""
     click.echo(msgspec.json.format(_encoded(value), indent=2))

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from gateway.cli.common import fail, json_option, org_option, print_json, show
+from gateway.cli.common import confirmed, fail, json_option, org_option, print_json, require_confirmed, show
 from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
 
 _COLUMNS = ("id", "name", "hint", "project_id", "scopes", "models", "expires_at", "disabled_at", "last_used_at")
@@ -130,10 +130,8 @@ def revoke_key(key_id: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": key_id, "revoked": True, "propagation": propagation})
     else:
-        count = len(propagation.acknowledged)
-        click.echo(f"Revoked {key_id}; {count} running API process{'' if count == 1 else 'es'} confirmed it.")
-    if not propagation.is_complete:
-        fail(f"not confirmed by {', '.join(propagation.missing)}: there it ends within 5 seconds")
+        click.echo(f"Revoked {key_id}; {confirmed(propagation)}.")
+    require_confirmed(propagation, "it ends")
 
 
 def _print_issued(issued: Any, *, as_json: bool) -> None:

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 
 import msgspec
 
-from core.ids import KeyId, OrganizationId
 from gateway.catalog_file import CatalogFile
-from gateway.cli.stores import Stores, chosen_organization, on_stores
+from gateway.cli.stores import Stores, chosen_organization, on_stores, owner_of
 from keys import lifecycle, lookup
 from keys.dimensions import LimitScope
 from keys.limits import RateLimits
-from keys.revocation import KeyChange, announce
+from keys.revocation import KeyChange, Propagation, announce
 
 _NONE = RateLimits()
 
@@ -53,26 +52,20 @@ def list_all(org: str | None) -> list[LimitRow]:
     return on_stores(act)
 
 
-def change(scope: LimitScope, scope_id: str | None, org: str | None, changes: Mapping[str, int | None]) -> LimitRow:
-    """Change some limits of one scope and tell the gateways; return all that it has then."""
+def change(
+    scope: LimitScope, scope_id: str | None, org: str | None, changes: Mapping[str, int | None]
+) -> tuple[LimitRow, Propagation]:
+    """Change some limits of one scope and tell the gateways; return all that it has then, and which of them know."""
 
-    async def act(stores: Stores) -> LimitRow:
-        organization_id = await _owner(stores, scope, scope_id, org)
+    async def act(stores: Stores) -> tuple[LimitRow, Propagation]:
+        organization_id = await owner_of(stores, scope, scope_id, org)
         target = scope_id or organization_id
         async with stores.database.transaction() as session:
             await lookup.lock_organization(session, organization_id=organization_id)
             present = await lifecycle.get_limits(session, organization_id=organization_id)
             limits = msgspec.structs.replace(present.get((scope, target), _NONE), **changes)
             sequence = await lifecycle.set_limits(session, scope, target, limits, organization_id=organization_id)
-        await announce(stores.redis, KeyChange(sequence=sequence, organization_id=organization_id, key_id=None))
-        return LimitRow(scope, target, *limits.as_tuple())
+        change = KeyChange(sequence=sequence, organization_id=organization_id, key_id=None)
+        return LimitRow(scope, target, *limits.as_tuple()), await announce(stores.redis, change)
 
     return on_stores(act)
-
-
-async def _owner(stores: Stores, scope: LimitScope, scope_id: str | None, org: str | None) -> OrganizationId:
-    """Return whose limits these are. A key names its organization, and an organization itself."""
-    if org is None and scope_id is not None and scope == "key":
-        async with stores.database.transaction() as session:
-            return await lifecycle.find_key_owner(session, KeyId(scope_id))
-    return await chosen_organization(stores, scope_id if org is None and scope == "organization" else org)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import click
 
-from gateway.cli.common import json_option, org_option, print_json, show
+from gateway.cli.common import confirmed, json_option, org_option, print_json, require_confirmed, show
 from keys.dimensions import DIMENSIONS, LIMIT_MAX
 
 _COLUMNS = ("scope", "id", *DIMENSIONS)
@@ -63,18 +63,20 @@ def set_limits(
     """Change limits of an organization, project, key or model, and show those that it has then.
 
     SCOPE_ID is the project's or key's id or the model's name; for the organization it may be left out. Every gateway
-    knows within a second.
+    knows within a second; exit code 1 when one has not confirmed it in time.
     """
     from gateway.cli import limit_acts
 
     if scope_id is None and scope != "organization":
         raise click.UsageError(f"name the {scope}")
-    row = limit_acts.change(scope, scope_id, org, _changes(given, cleared))
+    row, propagation = limit_acts.change(scope, scope_id, org, _changes(given, cleared))
     if as_json:
         print_json(row)
     else:
         show([row], _COLUMNS, as_json=False, empty="")
         click.echo("Where there is none (-), the default of aap.toml holds: see `aap limits show`.")
+        click.echo(f"{confirmed(propagation)}.")
+    require_confirmed(propagation)
 
 
 def _changes(given: dict[str, int | None], cleared: tuple[str, ...]) -> dict[str, int | None]:

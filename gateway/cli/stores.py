@@ -15,12 +15,13 @@ from core.configuration import ConfigurationInvalid
 from core.database import DOWN, Database
 from core.embedded import EmbeddedUnavailable
 from core.errors import AppError
-from core.ids import OrganizationId
+from core.ids import KeyId, OrganizationId
 from core.migrations import expected_revision, is_current
 from core.redis import connect
 from core.settings import Pepper, Settings, SettingsInvalid, load
 from gateway.cli.common import fail
-from keys import lookup, tenants
+from keys import lifecycle, lookup, tenants
+from keys.dimensions import LimitScope
 
 _T = TypeVar("_T")
 
@@ -68,6 +69,14 @@ async def _connected(
     finally:
         await redis.aclose()
         await database.close()
+
+
+async def owner_of(stores: Stores, scope: LimitScope, scope_id: str | None, org: str | None) -> OrganizationId:
+    """Return whose scope this is. A key names its organization, and an organization itself. Errors: TenantNotFound."""
+    if org is None and scope_id is not None and scope == "key":
+        async with stores.database.transaction() as session:
+            return await lifecycle.find_key_owner(session, KeyId(scope_id))
+    return await chosen_organization(stores, scope_id if org is None and scope == "organization" else org)
 
 
 async def chosen_organization(stores: Stores, org: str | None) -> OrganizationId:

@@ -13,10 +13,9 @@ from typing import NamedTuple
 import pytest
 from redis.asyncio import Redis
 
-from core.clock import SystemClock
 from core.database import Database
 from core.money import NanoUsd
-from metering.budgets import reconcile, set_budget
+from metering.budgets import set_budget
 from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
 from metering.sweeper import sweep
@@ -28,6 +27,7 @@ from tests.harness.gateway import Gateway, config_for
 from tests.harness.private_stores import PrivateRedis, private_postgres, private_redis
 from tests.harness.provider import Exchange, FakeProvider, answer, chat_answer, chunk
 from tests.harness.raw import RawConnection, chat, post
+from tests.harness.reconciled import reconciled
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant, new_tenant
 
@@ -173,7 +173,7 @@ async def test_a_hard_budget_is_never_overspent(attack: Attack) -> None:
     assert {200, 429} <= set(statuses) <= {0, 200, 429, 503}
     assert (await verify(attack.database)).drifts == []
     # What the killed gateway had set aside comes back, and the budget is worth all of its money again.
-    await reconcile(attack.database, attack.redis, SystemClock())
+    await reconciled(attack.database, attack.redis)
     [key] = [name async for name in attack.redis.scan_iter("q:*:$:*")]
     assert int(await attack.redis.hget(key, "s")) == spent
     assert await attack.redis.hlen(key) == 2 + await _held_without_intent(attack, key)
@@ -204,6 +204,6 @@ async def test_a_redis_that_loses_everything_costs_at_most_the_calls_of_that_mom
     assert 0 < spent <= _BUDGET + in_flight * _CALL_MAX
     assert set(statuses) <= {0, 200, 429, 503}
     assert (await verify(attack.database)).drifts == []
-    await reconcile(attack.database, attack.redis, SystemClock())
+    await reconciled(attack.database, attack.redis)
     for name in [name async for name in attack.redis.scan_iter("q:*:$:*")]:
         assert int(await attack.redis.hget(name, "s")) == spent

@@ -205,6 +205,12 @@ class TestBudgets:
         assert [row["limit_usd"] for row in (await aap("budgets", "list", "--json")).json()] == ["3"]
 
     @pytest.mark.usefixtures("silent")
+    async def test_so_do_limits(self, aap: Cli) -> None:
+        ran = await aap("limits", "set", "organization", "--tokens-per-day", "7")
+        assert (ran.code, "7" in ran.out) == (1, True)
+        assert ran.err.strip() == f"Error: not confirmed by {SILENT}: there the change holds within 5 seconds"
+
+    @pytest.mark.usefixtures("silent")
     async def test_so_does_a_budget_that_is_deleted(self, aap: Cli) -> None:
         down = {"REDIS_URL": "redis://127.0.0.1:1/0"}
         for period in ("day", "week"):

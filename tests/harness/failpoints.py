@@ -28,7 +28,7 @@ from inference.call import Call, Inference
 from inference.upstreams.openai_http import OpenAIHttp
 from keys.quota import Quota
 from keys.secrets import redact
-from metering import budgets, sweeper
+from metering import reconcile, sweeper
 from metering.ledger import Ledger
 from metering.worker import MeteringStores, MeteringWorker
 
@@ -59,7 +59,7 @@ GATEWAY = {
 WORKER = {
     "orphans": Point(sweeper, "_terms"),
     "sweep": Point(MeteringWorker, "sweep"),
-    "reconcile": Point(budgets, "_ended"),
+    "reconcile": Point(reconcile, "_ended"),
 }
 
 

@@ -10,7 +10,6 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy import select
 
-from core.clock import SystemClock
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
 from core.money import NanoUsd
 from core.settings import Pepper
@@ -20,12 +19,13 @@ from keys.errors import TenantNotFound
 from keys.tables import BudgetRow
 from metering import partitions
 from metering.adjustments import Booked, CallStanding, adjust, credit, standing
-from metering.budgets import list_standings, reconcile, set_budget
+from metering.budgets import list_standings, set_budget
 from metering.corrections import correct
 from metering.entries import LOST, SETTLE, Entry, settle_arguments
 from metering.errors import AdjustmentInvalid, EntryNotFound
 from metering.usage import Units
 from metering.verify import verify
+from tests.harness.reconciled import reconciled
 from tests.harness.stores import TestStores
 from tests.harness.tenant import new_tenant
 from tests.metering.conftest import OwnBooks, request_id_at
@@ -259,10 +259,10 @@ class TestHardBudgets:
         held = {name: value for name, value in (await self.state(own, redis)).items() if len(name) > 1}
         for change, expected in ((-40, 60), (90, 150), (-150, 0)):
             await adjusted(own, entry.request_id, change)
-            await reconcile(own.database, redis, SystemClock())
+            await reconciled(own.database, redis)
             assert await self.state(own, redis) == {b"s": b"%d" % expected, b"r": b"9", **held}
         await credited(own, 25)
-        await reconcile(own.database, redis, SystemClock())
+        await reconciled(own.database, redis)
         assert (await self.state(own, redis))[b"s"] == b"-25"
 
     async def test_a_call_that_redis_still_holds_is_charged_with_its_correction_once(
@@ -273,5 +273,5 @@ class TestHardBudgets:
         await redis.hset(await self.key(own), mapping={"s": 0, "r": 500, entry.request_id: 500})
         await adjusted(own, entry.request_id, -30)
         for _ in range(2):
-            await reconcile(own.database, redis, SystemClock())
+            await reconciled(own.database, redis)
             assert await self.state(own, redis) == {b"s": b"70", b"r": b"0"}

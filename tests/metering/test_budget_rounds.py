@@ -1,4 +1,4 @@
-"""`metering.budgets.reconcile`, round by round: what is settled for others, and what may still be about to begin."""
+"""`metering.reconcile`, round by round: what is settled for others, and what may still be about to begin."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation, Spend
 from keys.tables import BudgetRow
-from metering.budgets import ROUNDS_APART_SECONDS, Rounds, SpentBudgets, reconcile, set_budget
+from metering.budgets import SpentBudgets, set_budget
 from metering.entries import INTEND, LOST, SETTLE, intend_arguments, settle_arguments
+from metering.reconcile import ROUNDS_APART_SECONDS, Rounds, reconcile
 from metering.verify_redis import compare
 from metering.worker import MeteringStores, MeteringWorker
 from tests.harness.redis_cluster import RedisCluster

@@ -12,9 +12,10 @@ from core.clock import SystemClock
 from core.money import NanoUsd
 from keys.budgets import budget_of, period_bounds, state_key
 from keys.tables import BudgetRow
-from metering.budgets import reconcile, set_budget
+from metering.budgets import set_budget
 from metering.entries import INTEND, SETTLE, intend_arguments, settle_arguments
 from metering.verify_redis import BudgetInRedis, compare
+from tests.harness.reconciled import reconciled
 from tests.metering.conftest import OwnBooks
 
 
@@ -62,7 +63,7 @@ async def test_what_does_not_is_told_until_a_worker_has_put_it_right(
     if held is not None:
         await redis.hset(key, "req_0000000000" + "0" * 16, held)
     assert not (await compared(own, redis)).agrees
-    await reconcile(own.database, redis, SystemClock())
+    await reconciled(own.database, redis)
     # What is reserved for nobody is out of a worker's reach: it counts calls, and there is none.
     assert (await compared(own, redis)).agrees is not (reserved == 3)
 

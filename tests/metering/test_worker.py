@@ -33,7 +33,9 @@ from tests.harness.stores import TestStores
 from tests.harness.tenant import new_tenant
 from tests.metering.conftest import Books, OwnBooks, request_id_at
 
-QUICK = Pace(sweep_seconds=0.05, reconcile_seconds=0.05, housekeeping_seconds=0.1, retry_seconds=0.05)
+QUICK = Pace(
+    sweep_seconds=0.05, reconcile_seconds=0.05, rounds_apart_seconds=0.1, housekeeping_seconds=0.1, retry_seconds=0.05
+)
 
 
 def settings(archive_dir: Path = Path("/nowhere"), months: int = 0, lease_seconds: float = 0.05) -> LedgerSettings:

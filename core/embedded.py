@@ -27,6 +27,8 @@ import structlog
 from core.settings import Pepper, Settings
 
 _START_SECONDS_MAX = 60.0
+# An API process holds fourteen at most, a worker four: enough for thirty processes.
+_CONNECTIONS = "\nmax_connections = 500  # aap\n"
 _POSTGRES_SOCKET = ".s.PGSQL.5432"
 # sun_path of Linux's sockaddr_un, with its ending zero.
 _SOCKET_PATH_BYTES_MAX = 107
@@ -156,6 +158,8 @@ class _PostgresServer:
                 # The library gives recovery after a crash ten seconds; a later attempt finds the server ready.
                 self._server = postgres_server.get_server(self._directory, cleanup_mode=None, start=False)
                 with _modes_kept(self._directory, Path(postgres_server.__file__)):
+                    self._server.ensure_pgdata_inited()
+                    _allow_connections(self._directory / "postgresql.conf")
                     self._server.start()
                 return str(self._server.get_uri())
             except (subprocess.SubprocessError, AssertionError) as error:
@@ -174,6 +178,13 @@ class _PostgresServer:
         """Stop it cleanly: running statements end, everything committed is on disk."""
         if self._server is not None:
             self._server.stop()
+
+
+def _allow_connections(configuration: Path) -> None:
+    """Let PostgreSQL, from its next start on, take as many connections as the processes of a large machine hold."""
+    if _CONNECTIONS not in configuration.read_text():
+        with configuration.open("a") as file:
+            file.write(_CONNECTIONS)
 
 
 @contextlib.contextmanager

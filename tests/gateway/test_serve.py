@@ -118,8 +118,12 @@ async def test_a_process_that_dies_is_started_again(workdir: Path) -> None:
 async def test_nothing_outlives_a_supervisor_that_is_killed(workdir: Path) -> None:
     """Guarantee: `kill -9` of `aap serve` ends its processes too; the next start finds port and data free."""
     serving = await serve(workdir)
-    ours = [pid for pid, line in await children(serving.process.pid) if "-m gateway." in line]
-    assert len(ours) == 3
+
+    async def started() -> list[int]:
+        ours = [pid for pid, line in await children(serving.process.pid) if "-m gateway." in line]
+        return ours if len(ours) == 3 else []
+
+    ours = await eventually(started)
     serving.process.kill()
     await serving.process.wait()
     await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ours), 15)

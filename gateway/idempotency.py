@@ -87,8 +87,10 @@ class Idempotency:
         """
         if self._renewing is not None:
             self._renewing.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=timeout_seconds)
+        until = self._loop.time() + timeout_seconds
+        # Again: what ends may have left something in turn.
+        while self._tasks and (left_seconds := until - self._loop.time()) > 0:
+            await asyncio.wait(self._tasks, timeout=left_seconds)
         left = [task for task in self._tasks if not task.done()]
         if left:
             _log.error("idempotency.stopped_with_claims_left", count=len(left))

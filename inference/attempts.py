@@ -72,7 +72,6 @@ async def open_answer(
     """
     failed: list[Deployment] = []
     last: UpstreamError | _Refused | None = None
-    was_seen = False  # by a provider, which may bill for it whatever becomes of later attempts
     for attempt in range(1, _ATTEMPTS_MAX + 1):
         deployment = _chosen(policy.router, model, failed)
         if deployment is None:
@@ -92,13 +91,12 @@ async def open_answer(
         except (UpstreamError, _Refused) as error:
             _note_failure(policy.router, deployment, error, is_first=is_first)
             last = error
-            was_seen = was_seen or not isinstance(error, _Refused | ConnectFailed | ConnectTimedOut)
+            exchange.was_seen |= not isinstance(error, _Refused | ConnectFailed | ConnectTimedOut)
             failed.append(deployment)
         except BaseException as error:
             policy.router.released(deployment)
-            if not was_seen and (isinstance(error, AppError) or not is_permitted(exchange.intent)):
-                # Refused on our side, or given up before it was sent: no provider has seen it.
-                exchange.unseen()
+            if isinstance(error, AppError) or not is_permitted(exchange.intent):
+                exchange.unseen()  # refused on our side, or given up before it was sent
             raise
         else:
             policy.router.succeeded(deployment)
@@ -106,9 +104,7 @@ async def open_answer(
         if not policy.router.has_other(model, failed) and not _is_passing(last):
             break
     assert last is not None
-    if not was_seen:
-        # Refused, or never reached: nothing was used.
-        exchange.unseen()
+    exchange.unseen()
     return _ended(last), b""
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
+import msgspec
+
 from inference.attempts import AttemptPolicy, open_answer
 from inference.catalog import Catalog, Model
 from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
@@ -24,17 +26,19 @@ from inference.upstreams.http1_errors import (
     UpstreamError,
 )
 from inference.upstreams.sse import SseRelay
-from inference.usage import counted_in, last_cue_seconds, reported_in, transcript_text
+from inference.usage import counted_in, last_cue_seconds, reported_in, says_nothing, transcript_text
 from inference.wire import ParsedRequest, parse
 from keys.limits import QuotaPlan
 from keys.quota import Quota
-from metering.normalise import units_of
+from metering.normalise import OpenAIUsage, reported_cost, units_of
 from metering.rating import known_tier
 from metering.usage import NO_MEDIA, NO_UNITS, Media
 
 # An unstreamed answer is held in memory whole; images and large batches of embeddings stay below this.
 ANSWER_BYTES_MAX: Final = 64 * 1024 * 1024
 _OUTPUT_TOKENS_MAX_UNKNOWN: Final = 128_000
+# Uncompressed stereo sound has eleven times the bytes that an estimate goes by (`inference/tokens.py`).
+_DENSEST_TIMES: Final = 12
 _TIMEOUTS: Final = (ConnectTimedOut, FirstByteTimedOut, IdleTimedOut, TotalTimedOut)
 
 
@@ -176,9 +180,9 @@ class Call:
         reported = reported_in(body)
         usage = exchange.usage = reported.usage
         exchange.service_tier = known_tier(reported.service_tier)
-        exchange.is_estimated = usage is None
-        if usage is None or (exchange.media_estimated is not NO_MEDIA and units_of(usage) == NO_UNITS):
-            _count(exchange, body)
+        exchange.is_estimated = False
+        if usage is None or exchange.media_estimated is not NO_MEDIA or says_nothing(usage):
+            _look_for_more(exchange, usage, body)
         return self._as_text(body) if self._wants_text else body
 
     def _as_text(self, body: bytes) -> bytes:
@@ -257,27 +261,38 @@ class Call:
         """Note what the stream has brought. What is reported in the middle of one *is_whole* only at its end."""
         exchange = self._exchange
         usage = relay.usage
-        if usage is not None:
-            exchange.service_tier = known_tier(relay.service_tier)
-            exchange.is_estimated = not (is_whole or relay.is_done or relay.is_usage_last)
-        if usage is not None and (not exchange.is_estimated or usage.counts()[1] >= relay.observed_tokens):
-            exchange.usage = usage
-        else:
-            if usage is not None:
-                exchange.usage, exchange.tokens_estimated = None, usage.counts()
+        if usage is not None and exchange.media_estimated is not NO_MEDIA and units_of(usage) == NO_UNITS:
+            usage = None
+        exchange.is_estimated = usage is None or not (is_whole or relay.is_done or relay.is_usage_last)
+        if usage is None:
+            exchange.usage = None
             exchange.observed(relay.observed_tokens)
+        else:
+            exchange.service_tier = known_tier(relay.service_tier)
+            exchange.usage = _at_least(usage, relay.observed_tokens) if exchange.is_estimated else usage
         if relay.error is not None:
             exchange.error_code = "upstream_error_after_first_byte"
 
 
-def _count(exchange: Exchange, body: bytes) -> None:
-    """Note what can be seen of an answer that reports no usage."""
-    endpoint = exchange.endpoint
-    exchange.usage = counted_in(endpoint.operation, body)
-    exchange.is_estimated = exchange.usage is None
+def _at_least(usage: OpenAIUsage, output_tokens: int) -> OpenAIUsage:
+    """Return what was reported before the end, with as much output as has been seen since."""
+    if usage.counts()[1] >= output_tokens:
+        return usage
+    return msgspec.structs.replace(usage, completion_tokens=output_tokens, output_tokens=None, total_tokens=None)
+
+
+def _look_for_more(exchange: Exchange, usage: OpenAIUsage | None, body: bytes) -> None:
+    """Note what the answer itself says of what it took; that counts where no *usage* is reported, or one of nothing."""
+    endpoint, media = exchange.endpoint, exchange.media_estimated
+    counted = exchange.counted = counted_in(endpoint.operation, body)
+    if usage is not None and not says_nothing(usage) and (media is NO_MEDIA or units_of(usage) != NO_UNITS):
+        return
+    exchange.usage, exchange.is_estimated = counted, counted is None
+    exchange.reported_cost_nano_usd = None if usage is None else reported_cost(usage)
     seconds = last_cue_seconds(body) if endpoint.operation == "transcription" else None
     if seconds is not None:
-        exchange.media_estimated = Media(0, seconds)
+        # Its speech may end long before the recording does, which has so many bytes at the most for each second.
+        exchange.media_estimated = Media(0, max(seconds, media.audio_seconds // _DENSEST_TIMES))
     elif endpoint.generates_tokens:
         exchange.observed(estimate_text_tokens(body))
 

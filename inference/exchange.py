@@ -23,6 +23,7 @@ class Exchange:
         "attempts",
         "charge_nano_usd",
         "cost_nano_usd",
+        "counted",
         "deployment",
         "endpoint",
         "error_code",
@@ -36,6 +37,7 @@ class Exchange:
         "prices",
         "principal",
         "relay",
+        "reported_cost_nano_usd",
         "request_id",
         "reservation",
         "service_tier",
@@ -47,6 +49,7 @@ class Exchange:
         "upstream_status",
         "usage",
         "usage_rated",
+        "was_seen",
     )
 
     def __init__(self, request_id: str, endpoint: Endpoint) -> None:
@@ -64,10 +67,15 @@ class Exchange:
         self.status = 0
         self.upstream_status = 0
         self.usage: OpenAIUsage | CountedUsage | None = None
+        self.counted: CountedUsage | None = None
+        """What the answer itself holds of pictures and sound: rated where no price fits what was reported."""
+        self.reported_cost_nano_usd: int | None = None
         self.is_estimated = False
+        self.was_seen = False
+        """Whether an attempt that failed was sent: whatever becomes of later ones, its provider may bill for it."""
         self.tokens_estimated: tuple[int, int] = (0, 0)
         self.media_estimated: Media = NO_MEDIA
-        """Of a call that is not billed by its text: where this is not nothing, the tokens are."""
+        """Of a call for pictures or of a recording; of others NO_MEDIA itself."""
         # done | client_gone | interrupted | upstream_failed | refused | replayed | broken
         self.outcome = "refused"
         self.error_code: str | None = None
@@ -88,7 +96,9 @@ class Exchange:
         self.is_estimated = True
 
     def unseen(self) -> None:
-        """Note that no provider has read the request, or none bills for it: nothing was used."""
+        """Note that nothing was used: the last attempt was not sent, or refused. An earlier one may have been read."""
+        if self.was_seen:
+            return
         self.tokens_estimated, self.media_estimated, self.is_estimated = (0, 0), NO_MEDIA, False
 
     def observed(self, output_tokens: int) -> None:

@@ -23,7 +23,7 @@ from metering.ledger import Ledger
 from metering.normalise import OpenAIUsage, reported_cost, units_of
 from metering.prices import CallPrices, Price, PriceBook
 from metering.rating import rate, worst_case
-from metering.usage import NO_MEDIA, NO_UNITS, Units
+from metering.usage import NO_MEDIA, NO_UNITS, Units, units_of_media
 
 _COUNT_MAX: Final = 2**31 - 1
 _UNPRICED: Final = CallPrices(cost=None, charge=None)
@@ -65,7 +65,7 @@ class CallMeter:
         intent = Intent(
             exchange.request_id,
             _attribution(exchange, deployment),
-            min(request.prompt_tokens, _COUNT_MAX) if request.media is NO_MEDIA else 0,
+            min(request.prompt_tokens, _COUNT_MAX),
             0 if reservation is None else reservation.nano_usd_max,
             exchange.started_ms,
             request.media,
@@ -83,10 +83,14 @@ class CallMeter:
             units = units_of(usage)
         else:
             units = _estimated(exchange)
-        exchange.units = units
         prices = exchange.prices or _UNPRICED
         tier = exchange.service_tier
         cost = _rated(units, prices.cost, tier)
+        if cost is None and prices.cost is not None and exchange.media_estimated is not NO_MEDIA:
+            other = _otherwise(exchange, units)
+            cost = _rated(other, prices.cost, tier)
+            units = units if cost is None else other
+        exchange.units = units
         charge = cost if prices.charge is prices.cost else _rated(units, prices.charge, tier)
         exchange.cost_nano_usd = cost
         exchange.charge_nano_usd = charge
@@ -115,7 +119,8 @@ class CallMeter:
             exchange.status,
             exchange.outcome,
         )
-        reported = reported_cost(exchange.usage) if isinstance(exchange.usage, OpenAIUsage) else None
+        usage = exchange.usage
+        reported = reported_cost(usage) if isinstance(usage, OpenAIUsage) else exchange.reported_cost_nano_usd
         if reported is not None:
             result = result._replace(reported_cost_nano_usd=reported)
         duration_ms = (time.perf_counter() - exchange.started_at) * 1000
@@ -193,10 +198,22 @@ def _result(
 
 
 def _estimated(exchange: Exchange) -> Units:
-    """Return what a call has used as far as that can be seen: pictures or sound if it is billed by these, else text."""
+    """Return what a call has used as far as that can be seen."""
     media = exchange.media_estimated
-    if media is not NO_MEDIA:
-        return Units(images=media.images, audio_seconds=media.audio_seconds)
+    return _text_estimated(exchange) if media is NO_MEDIA else units_of_media(media)
+
+
+def _otherwise(exchange: Exchange, units: Units) -> Units:
+    """Return what else than *units* is known of a call for pictures or of a recording: the price has no rate for them.
+
+    Some models are priced by the piece and report tokens; others are priced by tokens and may be cut off unreported.
+    """
+    if exchange.counted is not None:
+        return units_of(exchange.counted)
+    return _text_estimated(exchange) if exchange.usage is None else units
+
+
+def _text_estimated(exchange: Exchange) -> Units:
     prompt_tokens, output_tokens = exchange.tokens_estimated
     if not prompt_tokens and not output_tokens:
         return NO_UNITS

@@ -20,24 +20,34 @@ class Reported(msgspec.Struct, frozen=True, gc=False):
 class _Images(msgspec.Struct, frozen=True, gc=False):
     """An answer with pictures."""
 
-    data: list[msgspec.Raw] = []
+    data: list[msgspec.Raw]
+
+
+class _Verbose(msgspec.Struct, frozen=True, gc=False):
+    """What the verbose form of a transcript says of the recording."""
+
+    duration: float
 
 
 class _Transcript(msgspec.Struct, frozen=True, gc=False):
-    """A transcript in JSON. The verbose form says how long the recording is."""
+    """A transcript in JSON."""
 
     text: str
-    duration: float | None = None
 
 
 _answer: Final = msgspec.json.Decoder(Reported)
 _images: Final = msgspec.json.Decoder(_Images)
 # OpenAI's verbose form once gave the duration as text.
-_transcript: Final = msgspec.json.Decoder(_Transcript, strict=False)
+_verbose: Final = msgspec.json.Decoder(_Verbose, strict=False)
+_transcript: Final = msgspec.json.Decoder(_Transcript)
 _NOTHING: Final = Reported()
+_COUNTS: Final = (
+    *("prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens"),
+    *("seconds", "prompt_audio_seconds"),
+)
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # Where a cue of SubRip or WebVTT ends; WebVTT may leave the hours out.
-_CUE_END: Final = re.compile(rb"-->[ \t]*(?:(\d+):)?(\d\d):(\d\d)[,.](\d{3})")
+_CUE_END: Final = re.compile(rb"-->[ \t]*(?:(\d{1,3}):)?(\d\d):(\d\d)[,.](\d{3})")
 
 
 def reported_in(body: bytes) -> Reported:
@@ -51,6 +61,11 @@ def reported_in(body: bytes) -> Reported:
     return reported
 
 
+def says_nothing(usage: OpenAIUsage | None) -> bool:
+    """Tell whether a provider has reported no count at all; a count of 0 is one."""
+    return usage is None or all(getattr(usage, name) is None for name in _COUNTS)
+
+
 def counted_in(operation: str, body: bytes) -> CountedUsage | None:
     """Return what can be counted in an answer that reports no usage; None where nothing can.
 
@@ -60,16 +75,21 @@ def counted_in(operation: str, body: bytes) -> CountedUsage | None:
         if operation == "image_generation":
             counted = CountedUsage(images=len(_images.decode(body).data))
         elif operation == "transcription":
-            counted = CountedUsage(seconds=_transcript.decode(body).duration or 0.0)
+            counted = CountedUsage(seconds=_verbose.decode(body).duration)
         else:
             return None
     except _UNREADABLE:
         return None
-    return counted if is_credible(counted) and any(msgspec.structs.astuple(counted)) else None
+    return counted if is_credible(counted) else None
 
 
 def last_cue_seconds(body: bytes) -> int | None:
-    """Return when the last cue of subtitles ends, rounded up: the recording is at least that long. None: no cues."""
+    """Return when the last cue of subtitles ends, rounded up: the recording is at least that long.
+
+    None where there are no cues, or *body* is a transcript in JSON, whose text may hold anything.
+    """
+    if body.lstrip()[:1] == b"{":
+        return None
     ends = [int(h or 0) * 3600 + int(m) * 60 + int(s) + (ms != b"000") for h, m, s, ms in _CUE_END.findall(body)]
     return max(ends, default=None)
 

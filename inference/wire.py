@@ -6,15 +6,14 @@ caller's bytes: a body with two `model` keys must not be read one way here and a
 
 from __future__ import annotations
 
-import re
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 import msgspec
-import multipart
 from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
 from inference.endpoints import Endpoint
 from inference.errors import BodyInvalid
+from inference.forms import boundary_of, with_values
 from inference.tokens import (
     count_choices,
     estimate_audio_seconds,
@@ -74,8 +73,10 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
         fields = self.fields
         if fields is None:
-            form = _with_value(self.body, "response_format", "text", "json") if self.wants_text else self.body
-            return form if model == self.model else _with_value(form, "model", self.model, model)
+            changes = {"response_format": ("text", "json")} if self.wants_text else {}
+            if model != self.model:
+                changes["model"] = (self.model, model)
+            return with_values(self.body, self.content_type, changes) if changes else self.body
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
@@ -158,19 +159,6 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: s
         raise BodyInvalid(f"Invalid type or value for '{name}'.", param=name) from None
 
 
-def _with_value(form: bytes, name: str, value: str, wanted: str) -> bytes:
-    """Return *form* whose part *name* says *wanted* for *value*. Errors: BodyInvalid unless there is exactly one."""
-    part = re.compile(
-        rb"(content-disposition:[^\r\n]*;\s*name=\"?%b\"?[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n)%b(?=\r\n--)"
-        % (name.encode(), re.escape(value.encode())),
-        re.IGNORECASE,
-    )
-    changed, count = part.subn(lambda found: found[1] + wanted.encode(), form)
-    if count != 1:
-        raise BodyInvalid(f"Invalid form: the {name} part is not in its usual form.", param=name)
-    return changed
-
-
 def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
     """Find the model in a multipart form; the form itself goes upstream as it is.
 
@@ -180,8 +168,9 @@ def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
     models = values.get("model", [])
     if not models:
         raise BodyInvalid("you must provide a model parameter")
-    if any(len(found) > 1 for found in values.values()):
-        raise BodyInvalid("Invalid form: a field is given twice.", param="model")
+    for name, found in values.items():
+        if len(found) > 1:
+            raise BodyInvalid("Invalid form: a field is given twice.", param=name)
     is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
     return ParsedRequest(
         None,
@@ -190,15 +179,13 @@ def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
         checked_model(models[0]),
         is_stream,
         media=Media(0, estimate_audio_seconds(len(body))),
-        wants_text=values.get("response_format") == ["text"] and not is_stream,
+        # Also of a stream: its events are the same, and a model that cannot stream answers whole.
+        wants_text=values.get("response_format") == ["text"],
     )
 
 
 def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, list[str]]:
-    header: tuple[str, dict[str, str]] = cast("Any", multipart).parse_options_header(content_type.decode("latin-1"))
-    kind, boundary = header[0], header[1].get("boundary", "")
-    if kind.lower() != "multipart/form-data" or not boundary:
-        raise BodyInvalid("Invalid form: expected multipart/form-data with a boundary.")
+    boundary = boundary_of(content_type)
     found: dict[str, list[str]] = {}
     chunks: list[bytes] | None = None
     segment: MultipartSegment | None = None

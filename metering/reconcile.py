@@ -131,7 +131,7 @@ async def _reconcile_page(database: Database, redis: Redis, clock: Clock, rounds
     if not states:
         return 0
     held = {name.decode() for state in states.values() for name in state if len(name) > 1}
-    known = await _ended(database, list(held), {budget_id: starts[budget_id] for budget_id in states})
+    known = await _read_known(database, list(held), {budget_id: starts[budget_id] for budget_id in states})
     writing: Any = redis.pipeline(transaction=False)
     for budget_id, state in states.items():
         settled, charged_later = _judge(keys[budget_id], state, known, rounds, now - _ABANDONED_AFTER)
@@ -184,7 +184,7 @@ async def _budgets(database: Database) -> AsyncIterator[list[Budget]]:
         last = page[-1].id
 
 
-async def _ended(database: Database, held: list[str], starts: Mapping[str, datetime]) -> _Known:
+async def _read_known(database: Database, held: list[str], starts: Mapping[str, datetime]) -> _Known:
     """Return what is known of the calls *held*, and of the budgets in the periods that began then."""
     ids = any_(cast_to(held, ARRAY(Text)))
     charged = (

@@ -18,7 +18,7 @@ from metering import partitions
 from metering.entries import LOST, SETTLE, Attribution, Entry, Result, settle_arguments
 from metering.prices import terms_of
 from metering.rating import DEFAULT_TIER, PriceTerms, rate
-from metering.usage import Units
+from metering.usage import NO_UNITS, Media, Units, units_of_media
 
 Run = Callable[..., Awaitable[list[Any]]]
 """Runs a statement with arguments, and returns its rows."""
@@ -53,14 +53,15 @@ async def _terms(run: Run, orphans: Iterable[Mapping[str, Any]]) -> dict[str, Pr
 
 
 def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Entry:
-    """Return what is known of a lost call: what went in as it was estimated, its output as it was last seen."""
-    units = Units(
-        input_tokens=orphan["prompt_tokens"],
-        output_tokens=orphan["observed_output_tokens"],
-        images=orphan["images"],
-        audio_seconds=orphan["audio_seconds"],
-    )
-    cost = rate(units, terms.get(orphan["price_id"] or ""), DEFAULT_TIER)
+    """Return what is known of a lost call: what went in as it was estimated, its output as it was last seen.
+
+    Of pictures and sound what was asked for, unless the price knows only tokens.
+    """
+    text = Units(input_tokens=orphan["prompt_tokens"], output_tokens=orphan["observed_output_tokens"])
+    media = units_of_media(Media(orphan["images"], orphan["audio_seconds"]))
+    price = terms.get(orphan["price_id"] or "")
+    units = text if media == NO_UNITS or rate(media, price, DEFAULT_TIER) is None else media
+    cost = rate(units, price, DEFAULT_TIER)
     charge = rate(units, terms.get(orphan["charge_price_id"] or ""), DEFAULT_TIER)
     return Entry(
         request_id=orphan["request_id"],

@@ -57,3 +57,8 @@ class Media(NamedTuple):
 NO_MEDIA: Final = Media(0, 0)
 UNIT_NAMES: Final[tuple[str, ...]] = Units.__struct_fields__
 NO_UNITS: Final = Units()
+
+
+def units_of_media(media: Media) -> Units:
+    """Return pictures and seconds as units of a call."""
+    return Units(images=media.images, audio_seconds=media.audio_seconds)

@@ -66,16 +66,20 @@ class Http1Response:
         No task is woken for a piece: of a stream whose events come one by one, that is a third of the cost.
         Cancellation closes the connection. Errors: those of `read`, and whatever *sink* raises.
         """
-        while True:
-            if self._pieces:
-                if not sink(self._take()):
-                    return False
-            elif self._is_ended:
-                if self._error is not None:
-                    raise self._error
-                return True
-            elif not await self._wait(sink):
+        while self._pieces or not self._is_ended:
+            if not self._pieces:
+                is_welcome = await self._wait(sink)
+            else:
+                try:
+                    is_welcome = sink(self._take())
+                except BaseException:
+                    self.abort()
+                    raise
+            if not is_welcome:
                 return False
+        if self._error is not None:
+            raise self._error
+        return True
 
     async def _wait(self, sink: Callable[[bytes], bool] | None) -> bool:
         """Return when there is something to see; False if *sink* has refused more."""

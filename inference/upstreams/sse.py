@@ -7,6 +7,7 @@ empty line).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from typing import Any, Final
@@ -20,8 +21,10 @@ _BOUNDARY: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
 _LINE: Final = re.compile(rb"\r\n|\n|\r")
 _FIELD: Final = re.compile(rb"(?:^|[\r\n])[^:\r\n]")
 _NO_USAGE: Final = b',"usage":null'
-# A usage chunk is below 1 kB. A larger event cannot be one and is passed on in pieces: memory stays bounded.
+# A usage chunk is below 1 kB. A larger event is passed on in pieces: memory stays bounded. Pictures come in such, with
+# their usage before or behind them.
 _HELD_BYTES_MAX: Final = 256 * 1024
+_TAIL_BYTES: Final = 8_192
 
 
 class _Chunk(msgspec.Struct):
@@ -31,15 +34,21 @@ class _Chunk(msgspec.Struct):
     service_tier: str | None = None
     error: msgspec.Raw = msgspec.Raw(b"null")
     choices: list[msgspec.Raw] | None = None
+    type: str | None = None
+    """Of the events of pictures and transcripts."""
 
 
 _chunk: Final = msgspec.json.Decoder(_Chunk)
+_usage: Final = msgspec.json.Decoder(OpenAIUsage | None)
+_json: Final = json.JSONDecoder()
 _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode: Final = msgspec.json.Encoder().encode
 # What a model has said, wherever it stands in a chunk; a string ends at a quote that no backslash precedes.
 _SAID: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments|refusal|text)":\s?"((?:[^"\\]|\\.)*)"')
 # English comes to about four bytes a token in OpenAI's vocabularies.
 _BYTES_PER_TOKEN: Final = 4
+# How the names of events end that say what an answer took: `image_generation.completed`, `transcript.text.done`.
+_LAST_EVENTS: Final = (".completed", ".done")
 _EMPTY: Final = {b"null", b"false", b"{}", b'""', b"0", b"[]"}
 
 
@@ -57,10 +66,11 @@ class SseRelay:
         "_hides_usage",
         "_inside_large",
         "_said_bytes",
+        "_tail",
+        "_usage_at",
         "error",
         "events",
         "is_done",
-        "is_usage_last",
         "service_tier",
         "usage",
     )
@@ -75,21 +85,27 @@ class SseRelay:
         # Inside an event that is too large to be held back.
         self._inside_large = False
         self._said_bytes = 0
+        self._tail = b""
         self.usage: OpenAIUsage | None = None
         self.service_tier: str | None = None
         self.error: bytes | None = None
         self.is_done = False
-        self.is_usage_last = False
-        """Whether the usage came in a chunk of its own, which comes when the answer is whole.
-
-        Some providers say with every chunk how much it is by then (vLLM's `continuous_usage_stats`, Gemini).
-        """
         self.events = 0
+        # At which event the usage came; -1 where it came beside something else.
+        self._usage_at = -1
 
     @property
     def observed_tokens(self) -> int:
         """About how many tokens have come: one an event, or more where events are long."""
         return max(self.events, self._said_bytes // _BYTES_PER_TOKEN)
+
+    @property
+    def is_usage_last(self) -> bool:
+        """Whether the usage is the answer's last word: in an event of its own, with none behind it.
+
+        Some providers say with every chunk how much it is by then (vLLM's `continuous_usage_stats`, Gemini).
+        """
+        return self._usage_at == self.events
 
     def feed(self, data: bytes) -> bytes:
         """Take what arrived; return what may go on now: whole events, with the hidden one left out."""
@@ -105,6 +121,8 @@ class SseRelay:
             self._inside_large = False
             first = _BOUNDARY.search(whole)
             cut = first.end() if first else len(whole)
+            self._look_into_large(self._tail + whole[:cut])
+            self._tail = b""
             return whole[:cut] + self._scan(whole[cut:])
         return self._scan(whole)
 
@@ -118,9 +136,28 @@ class SseRelay:
             self._held = data
             return b""
         # Keep the last bytes: the event's end may be split across two reads.
-        self._inside_large = True
+        if not self._inside_large:
+            self._inside_large = True
+            self.events += 1
+            self._look_into_large(data)
         self._held = data[-3:]
-        return data[:-3]
+        data = data[:-3]
+        self._tail = (self._tail + data)[-_TAIL_BYTES:]
+        return data
+
+    def _look_into_large(self, part: bytes) -> None:
+        """Note the usage of an event that is never here as a whole: it stands before or behind what makes it large."""
+        at = part.rfind(b'"usage":')
+        if at < 0:
+            return
+        text = part[at + len(b'"usage":') :].decode("latin-1").lstrip()
+        try:
+            end = _json.raw_decode(text)[1]
+            usage = _usage.decode(text[:end].encode("latin-1"))
+        except (ValueError, RecursionError):  # msgspec's errors among them
+            return
+        if usage is not None and is_credible(usage):
+            self.usage, self._usage_at = usage, self.events
 
     def _scan(self, whole: bytes) -> bytes:
         if not whole:
@@ -141,20 +178,32 @@ class SseRelay:
             if is_object or whole.find(b"[DONE]") < 0:
                 return whole
         if b"\r" in whole:
-            return b"".join([event if (new := self._look(event)) is None else new for event in _events(whole)])
+            return self._scan_one_by_one(whole)
         # Only the events that the marks stand in are looked at; a burst may hold hundreds of others.
         places = _marked(whole, b'"usage"') if has_usage else set[tuple[int, int]]()
         if has_error:
             places |= _marked(whole, b'"error"')
         places |= _marked(whole, b"[DONE]")
-        changed = [(start, end, self._look(whole[start:end])) for start, end in sorted(places)]
+        changed = [(start, end, self._look(whole[start:end], whole[end:])) for start, end in sorted(places)]
         for start, end, new in reversed(changed):
             if new is not None:
                 whole = whole[:start] + new + whole[end:]
         return whole
 
-    def _look(self, event: bytes) -> bytes | None:
-        """Note what concerns us of *event*; return what goes on in its place, None for the event itself."""
+    def _scan_one_by_one(self, whole: bytes) -> bytes:
+        out: list[bytes] = []
+        end = 0
+        for event in _events(whole):
+            end += len(event)
+            new = self._look(event, whole[end:])
+            out.append(event if new is None else new)
+        return b"".join(out)
+
+    def _look(self, event: bytes, rest: bytes) -> bytes | None:
+        """Note what concerns us of *event*; return what goes on in its place, None for the event itself.
+
+        *rest* is what came together with it, behind it.
+        """
         payload = _payload(event)
         if payload.startswith(b"[DONE]"):
             self.is_done = True
@@ -170,7 +219,8 @@ class SseRelay:
         if chunk.usage is None:
             return None
         self.usage = chunk.usage if is_credible(chunk.usage) else None
-        self.is_usage_last = not chunk.choices
+        is_own = chunk.choices == [] or (chunk.type or "").endswith(_LAST_EVENTS)
+        self._usage_at = self.events - rest.count(b"data:") if is_own else -1
         self.service_tier = chunk.service_tier
         if self._hides_usage and chunk.choices == []:
             return b""

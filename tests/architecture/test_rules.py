@@ -26,7 +26,7 @@ UNSCOPED_QUERIES = {
     ("metering/budgets.py", "standing"): "the budget names its organization",
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
     ("metering/reconcile.py", "_budgets"): "a worker puts right every organization's",
-    ("metering/reconcile.py", "_ended"): "a worker puts right every organization's",
+    ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
     ("metering/verify_redis.py", "compare"): "the operator is shown every organization's budgets",
     ("metering/verify_redis.py", "_running"): "the operator is shown every organization's budgets",

@@ -233,6 +233,17 @@ class TestInAStream:
         line = await _is_settled(gateway, tenant, redis)
         assert (line["input_tokens"], line["output_tokens"], line.get("tokens_estimated")) == (70, billed, True)
 
+    async def test_a_usage_that_came_first_is_not_the_last_word_either(
+        self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, model: str, redis: Redis
+    ) -> None:
+        cached = {"prompt_tokens": 100, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 80}}
+        first = msgspec.json.encode({**msgspec.json.decode(chunk(usage=(1, 1))), "usage": cached})
+        body = b"".join(_chunked(b"data: " + one + b"\n\n") for one in (first, *[chunk("a")] * 50))
+        provider.scripts.append(_bytes_then(_HEAD + body, "reset"))
+        await call(gateway.port, post(PATH, tenant.key, chat(model, stream=True)))
+        line = await _is_settled(gateway, tenant, redis)
+        assert (line["input_tokens"], line["output_tokens"], line["tokens_estimated"]) == (100, 51, True)
+
     async def test_a_usage_that_came_last_is_the_last_word_whatever_breaks_behind_it(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, model: str, redis: Redis
     ) -> None:

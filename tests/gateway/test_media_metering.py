@@ -17,7 +17,7 @@ from metering.rating import PriceTerms, Rates, Step
 from metering.writer import Writer
 from tests.harness.gateway import Gateway, config_for
 from tests.harness.place import Place
-from tests.harness.provider import Exchange, FakeProvider, answer
+from tests.harness.provider import Exchange, FakeProvider, Script, answer
 from tests.harness.raw import RawConnection, call, post
 from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant, new_tenant
@@ -72,6 +72,14 @@ def recording(*, bytes_long: int = 100, **fields: str) -> bytes:
 
 def transcribe(tenant: Tenant, form: bytes) -> bytes:
     return post(TRANSCRIPTIONS, tenant.key, form, content_type="multipart/form-data; boundary=b")
+
+
+def events(*payloads: dict[str, object]) -> Script:
+    async def play(exchange: Exchange) -> None:
+        await exchange.send_head()
+        await exchange.send_events(*map(msgspec.json.encode, payloads))
+
+    return play
 
 
 class TestPictures:
@@ -129,6 +137,72 @@ class TestPictures:
         assert (entry["images"], entry["quality"], entry["cost_nano_usd"]) == (2, "estimated", 80_000_000)
         assert entry["input_tokens"] == entry["output_tokens"] == 0
 
+    async def test_under_abort_a_price_by_tokens_bills_the_prompt(
+        self, place: Place, provider: FakeProvider, database: Database, stores: TestStores
+    ) -> None:
+        """Guarantee: who leaves before the pictures come has not called for free, whatever the price goes by."""
+        tenant = await new_tenant(database, stores.pepper, policy="abort")
+        reached = asyncio.Event()
+
+        async def silent(_: Exchange) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        provider.scripts.append(silent)
+        connection = await RawConnection.open(place.port)
+        await connection.send(post(IMAGES, tenant.key, asked(model="draw-by-tokens", prompt="x" * 4_000)))
+        await reached.wait()
+        connection.reset()
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["is_unpriced"], entry["quality"]) == (0, False, "estimated")
+        assert entry["cost_nano_usd"] == entry["input_tokens"] * 1_000 > 1_000_000
+
+    async def test_a_price_by_the_piece_counts_pieces_also_where_tokens_are_reported(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        usage = {"generated_images": 2, "output_tokens": 8_000, "total_tokens": 8_000}
+        provider.scripts.append(answer(pictures(2, usage=usage)))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw", n=2)))
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["is_unpriced"], entry["cost_nano_usd"]) == (2, False, 80_000_000)
+
+    async def test_no_pictures_cost_nothing(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+        provider.scripts.append(answer(pictures(0)))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw", n=4)))
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["quality"], entry["cost_nano_usd"]) == (0, "exact", 0)
+
+    async def test_a_cost_without_counts_stands_beside_the_pictures(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        provider.scripts.append(answer(pictures(1, usage={"cost_in_usd_ticks": 200_000_000})))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw")))
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["reported_cost_nano_usd"]) == (1, 20_000_000)
+
+    @pytest.mark.parametrize("bytes_large", [4_000, 400_000, 2_000_000])
+    @pytest.mark.parametrize("is_usage_first", [False, True])
+    async def test_a_streamed_picture_says_what_it_took_however_large_it_is(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, bytes_large: int, *, is_usage_first: bool
+    ) -> None:
+        picture = {"b64_json": "A" * bytes_large}
+        usage = {"usage": {"input_tokens": 10, "output_tokens": 4_000, "total_tokens": 4_010}}
+        event = {"type": "image_generation.completed", **(usage | picture if is_usage_first else picture | usage)}
+        provider.scripts.append(events(event))
+        got = await call(place.port, post(IMAGES, tenant.key, asked(model="draw-by-tokens", stream=True)))
+        assert got.body == b"data: " + msgspec.json.encode(event) + b"\n\ndata: [DONE]\n\n"
+        entry = await place.entry(tenant)
+        assert (entry["cost_nano_usd"], entry["quality"], entry["images"]) == (4_010_000, "exact", 0)
+
+    @pytest.mark.parametrize("usage", [{}, {"usage": {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}}])
+    async def test_a_streamed_picture_that_says_nothing_is_the_one_asked_for(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, usage: dict[str, object]
+    ) -> None:
+        provider.scripts.append(events({"type": "image_generation.completed", "b64_json": "A", **usage}))
+        assert (await call(place.port, post(IMAGES, tenant.key, asked(model="draw", stream=True)))).status == 200
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["quality"], entry["cost_nano_usd"]) == (1, "estimated", 40_000_000)
+
     async def test_a_refused_call_takes_no_picture(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
         provider.scripts.append(answer(b'{"error": {"message": "no", "type": "invalid_request_error"}}', 400))
         await call(place.port, post(IMAGES, tenant.key, asked(model="draw")))
@@ -176,6 +250,48 @@ class TestRecordings:
         entry = await place.entry(tenant)
         assert (entry["audio_seconds"], entry["quality"]) == (3_662, "estimated")
 
+    @pytest.mark.parametrize(
+        ("body", "content_type", "seconds"),
+        [
+            # A cue that ends at once: the recording has a length all the same.
+            (b"1\n00:00:00,000 --> 00:00:00,000\nHello\n", "text/plain", 8),
+            # What is no time of a recording is none.
+            (b"1\n00:00:00,000 --> 99999999999:00:00,000\nHello\n", "text/plain", 101),
+            (b"1\n00:00:00,000 --> " + b"9" * 5_000 + b":00:00,000\nHello\n", "text/plain", 101),
+            # Words are no cues.
+            (b'{"text": "it says --> 00:00:00,000"}', "application/json", 101),
+            (b'{"text": "hi", "duration": "8.4s"}', "application/json", 101),
+            (b'{"text": "hi", "duration": -5}', "application/json", 101),
+        ],
+    )
+    async def test_what_an_answer_says_amiss_makes_no_call_free(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, body: bytes, content_type: str, seconds: int
+    ) -> None:
+        provider.scripts.append(answer(body, content_type=content_type))
+        form = recording(model="hear", response_format="srt", bytes_long=1_600_000)
+        assert (await call(place.port, transcribe(tenant, form))).body == body
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"], entry["is_unpriced"]) == (seconds, "estimated", False)
+
+    async def test_a_model_that_cannot_stream_gives_text_as_it_was_asked_for(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        said = {"text": "hi", "usage": {"type": "duration", "seconds": 90}}
+        provider.scripts.append(answer(msgspec.json.encode(said)))
+        form = recording(model="hear", response_format="text", stream="true")
+        assert (await call(place.port, transcribe(tenant, form))).body == b"hi\n"
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["quality"]) == (90, "exact")
+
+    async def test_a_file_cannot_stop_the_process(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+        """Guarantee: whatever a recording holds, others are answered meanwhile."""
+        provider.scripts.append(answer(b'{"text": "hi", "usage": {"type": "duration", "seconds": 1}}'))
+        bait = b"content-disposition:;name=response_format" * 50_000
+        form = recording(model="hear", response_format="text")
+        form = form.replace(b"x" * 100, bait)
+        got = await asyncio.wait_for(call(place.port, transcribe(tenant, form)), 30)
+        assert got.body == b"hi\n"
+
     @pytest.mark.parametrize("duration", [8.4, "8.4"])
     async def test_the_verbose_form_says_how_long_the_recording_is(
         self, place: Place, provider: FakeProvider, tenant: Tenant, duration: object
@@ -192,6 +308,31 @@ class TestRecordings:
         once = recording(model="hear", response_format="text")
         part = b'--b\r\nContent-Disposition: form-data; name="response_format"\r\n\r\njson\r\n'
         assert (await call(place.port, transcribe(tenant, part + once))).status == 400
+
+
+async def test_who_was_read_before_it_was_refused_may_be_billed(
+    place: Place, provider: FakeProvider, tenant: Tenant
+) -> None:
+    """Guarantee: a refusal of the second attempt does not undo what the first one sent."""
+
+    async def lost(exchange: Exchange) -> None:
+        exchange.reset()
+
+    # A connection that was used before may have been closed meanwhile: what is lost on it is sent again at once.
+    provider.scripts.extend([lost, lost, answer(b'{"error": {"message": "no", "type": "invalid_request_error"}}', 400)])
+    got = await call(place.port, post("/v1/embeddings", tenant.key, b'{"model": "embed", "input": "abcdefgh"}'))
+    assert got.status == 400
+    entry = await place.entry(tenant)
+    assert entry["input_tokens"] > 1
+    assert (entry["quality"], entry["status"]) == ("estimated", 400)
+
+
+async def test_a_usage_without_a_count_is_none(place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+    provider.scripts.append(answer(b'{"object": "list", "data": [], "usage": {}}'))
+    await call(place.port, post("/v1/embeddings", tenant.key, b'{"model": "embed", "input": "abcdefgh"}'))
+    entry = await place.entry(tenant)
+    assert entry["input_tokens"] > 1
+    assert entry["quality"] == "estimated"
 
 
 async def test_vectors_are_no_tokens(place: Place, provider: FakeProvider, tenant: Tenant) -> None:

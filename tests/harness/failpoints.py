@@ -59,7 +59,7 @@ GATEWAY = {
 WORKER = {
     "orphans": Point(sweeper, "_terms"),
     "sweep": Point(MeteringWorker, "sweep"),
-    "reconcile": Point(reconcile, "_ended"),
+    "reconcile": Point(reconcile, "_read_known"),
 }
 
 

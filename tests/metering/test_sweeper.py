@@ -81,6 +81,22 @@ async def test_a_lost_call_for_pictures_is_billed_the_pictures(books: Books, dat
     assert list(found.values()) == [(0, 0)]
 
 
+async def test_a_lost_call_for_pictures_that_are_priced_by_tokens_is_billed_its_prompt(
+    books: Books, database: Database
+) -> None:
+    async with database.transaction() as session:
+        terms = PriceTerms(tiers={"default": (Step(rates=Rates(input_tokens=10**9)),)})
+        books.price_id = (await add_price(session, new_id("m"), terms)).id
+    lost = msgspec.structs.replace(books.intent(prompt=7), media=Media(2, 0))
+    await books.run(INTEND, *intend_arguments(new_id("gw"), [lost]))
+    await books.run(
+        "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
+    )
+    await swept(books)
+    [entry] = await books.entries()
+    assert (entry["images"], entry["input_tokens"], entry["cost_nano_usd"]) == (0, 7, 7_000)
+
+
 async def test_who_is_alive_keeps_its_calls(books: Books) -> None:
     alive = await intend(books, new_id("gw"), age=0.5, seen=0.5)
     assert await swept(books, 5.0) == []

@@ -70,6 +70,16 @@ class TestPassingOn:
             await passing
         assert await peer.gone()
 
+    async def test_so_does_its_failure_over_what_was_there_already(self, client, upstream) -> None:
+        peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\nab")
+
+        def sink(data: bytes) -> bool:
+            raise ZeroDivisionError(data)
+
+        with pytest.raises(ZeroDivisionError):
+            await response.pass_on(sink)
+        assert await peer.gone()
+
     async def test_a_break_comes_behind_what_arrived_before_it(self, client, upstream) -> None:
         peer, response = await begin(client, upstream, OK_HEAD + b"Content-Length: 6\r\n\r\nab")
         given: list[bytes] = []

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from redis.asyncio import Redis
 
 from core.database import Database
-from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
-from metering.writer import Writer
-from tests.harness.gateway import Gateway, config_for
-from tests.harness.place import Place
+from tests.harness.place import Place, open_place
 from tests.harness.provider import Exchange, FakeProvider, Script, answer
 from tests.harness.raw import RawConnection, call, post
 from tests.harness.stores import TestStores
@@ -37,20 +32,11 @@ PICTURE = {"b64_json": "iVBORw0KGgo" * 5_000}
 
 @pytest.fixture(scope="session")
 async def place(
-    stores: TestStores,
-    database: Database,
-    redis: Redis,
-    shared_provider: FakeProvider,
-    tmp_path_factory: pytest.TempPathFactory,
+    stores: TestStores, shared_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Place]:
-    directory: Path = tmp_path_factory.mktemp("media")
-    async with database.transaction() as session:
-        for model, rates in PRICES.items():
-            await add_price(session, model, PriceTerms(tiers={"default": (Step(rates=rates),)}))
-    writer = Writer(stores.database_url, statement_seconds_max=10)
-    async with Gateway(stores, directory, config_for(shared_provider.base_url, models=tuple(PRICES))) as gateway:
-        yield Place(gateway, database, redis, writer)
-    await writer.close()
+    prices = {model: PriceTerms(tiers={"default": (Step(rates=rates),)}) for model, rates in PRICES.items()}
+    async with open_place(stores, shared_provider.base_url, tmp_path_factory.mktemp("media"), prices) as made:
+        yield made
 
 
 def asked(**fields: Any) -> bytes:
@@ -72,6 +58,21 @@ def recording(*, bytes_long: int = 100, **fields: str) -> bytes:
 
 def transcribe(tenant: Tenant, form: bytes) -> bytes:
     return post(TRANSCRIPTIONS, tenant.key, form, content_type="multipart/form-data; boundary=b")
+
+
+async def leave(place: Place, provider: FakeProvider, request: bytes) -> None:
+    """Send a request, and hang up when the provider has it."""
+    reached = asyncio.Event()
+
+    async def silent(_: Exchange) -> None:
+        reached.set()
+        await asyncio.Event().wait()
+
+    provider.scripts.append(silent)
+    connection = await RawConnection.open(place.port)
+    await connection.send(request)
+    await reached.wait()
+    connection.reset()
 
 
 def events(*payloads: dict[str, object]) -> Script:
@@ -122,17 +123,7 @@ class TestPictures:
         self, place: Place, provider: FakeProvider, database: Database, stores: TestStores
     ) -> None:
         tenant = await new_tenant(database, stores.pepper, policy="abort")
-        reached = asyncio.Event()
-
-        async def silent(_: Exchange) -> None:
-            reached.set()
-            await asyncio.Event().wait()
-
-        provider.scripts.append(silent)
-        connection = await RawConnection.open(place.port)
-        await connection.send(post(IMAGES, tenant.key, asked(model="draw", n=2)))
-        await reached.wait()
-        connection.reset()
+        await leave(place, provider, post(IMAGES, tenant.key, asked(model="draw", n=2)))
         entry = await place.entry(tenant)
         assert (entry["images"], entry["quality"], entry["cost_nano_usd"]) == (2, "estimated", 80_000_000)
         assert entry["input_tokens"] == entry["output_tokens"] == 0
@@ -142,17 +133,7 @@ class TestPictures:
     ) -> None:
         """Guarantee: who leaves before the pictures come has not called for free, whatever the price goes by."""
         tenant = await new_tenant(database, stores.pepper, policy="abort")
-        reached = asyncio.Event()
-
-        async def silent(_: Exchange) -> None:
-            reached.set()
-            await asyncio.Event().wait()
-
-        provider.scripts.append(silent)
-        connection = await RawConnection.open(place.port)
-        await connection.send(post(IMAGES, tenant.key, asked(model="draw-by-tokens", prompt="x" * 4_000)))
-        await reached.wait()
-        connection.reset()
+        await leave(place, provider, post(IMAGES, tenant.key, asked(model="draw-by-tokens", prompt="x" * 4_000)))
         entry = await place.entry(tenant)
         assert (entry["images"], entry["is_unpriced"], entry["quality"]) == (0, False, "estimated")
         assert entry["cost_nano_usd"] == entry["input_tokens"] * 1_000 > 1_000_000

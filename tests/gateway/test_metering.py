@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from redis.asyncio import Redis
 
-from core.database import Database
 from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
-from metering.writer import Writer
 from tests.harness.eventually import eventually
-from tests.harness.gateway import Gateway, config_for
-from tests.harness.place import Place
+from tests.harness.place import Place, open_place
 from tests.harness.provider import Exchange, FakeProvider, answer, chat_answer, chunk, stream
 from tests.harness.raw import RawConnection, call, chat, post
 from tests.harness.stores import TestStores
@@ -34,20 +29,12 @@ def terms(rates: Rates = RATES, **tiers: Rates) -> PriceTerms:
 
 @pytest.fixture(scope="session")
 async def place(
-    stores: TestStores,
-    database: Database,
-    redis: Redis,
-    shared_provider: FakeProvider,
-    tmp_path_factory: pytest.TempPathFactory,
+    stores: TestStores, shared_provider: FakeProvider, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Place]:
-    directory: Path = tmp_path_factory.mktemp("metering")
-    async with database.transaction() as session:
-        await add_price(session, "priced", terms(priority=Rates(input_tokens=4_000_000_000, output_tokens=10**10)))
-    writer = Writer(stores.database_url, statement_seconds_max=10)
-    config = config_for(shared_provider.base_url, models=("priced", "unpriced"))
-    async with Gateway(stores, directory, config) as gateway:
-        yield Place(gateway, database, redis, writer)
-    await writer.close()
+    priced = terms(priority=Rates(input_tokens=4_000_000_000, output_tokens=10**10))
+    prices = {"priced": priced, "unpriced": None}
+    async with open_place(stores, shared_provider.base_url, tmp_path_factory.mktemp("metering"), prices) as made:
+        yield made
 
 
 def usage_answer(usage: dict[str, Any], **more: Any) -> bytes:

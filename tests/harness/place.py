@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis
@@ -11,9 +14,12 @@ from core.money import NanoUsd
 from keys.dimensions import BudgetScope
 from keys.revocation import KeyChange, announce
 from metering.budgets import set_budget
+from metering.prices import add_price
+from metering.rating import PriceTerms
 from metering.writer import Writer
 from tests.harness.eventually import eventually
-from tests.harness.gateway import Gateway
+from tests.harness.gateway import Gateway, config_for
+from tests.harness.stores import TestStores
 from tests.harness.tenant import Tenant
 
 
@@ -55,3 +61,22 @@ class Place:
                 organization_id=tenant.organization_id,
             )
         await announce(self.redis, KeyChange(sequence=sequence, organization_id=tenant.organization_id, key_id=None))
+
+
+@asynccontextmanager
+async def open_place(
+    stores: TestStores, base_url: str, directory: Path, prices: Mapping[str, PriceTerms | None]
+) -> AsyncIterator[Place]:
+    """A gateway in front of the provider at *base_url*, with these models at these prices."""
+    database = Database(stores.database_url)
+    redis = Redis.from_url(stores.redis_url)
+    writer = Writer(stores.database_url, statement_seconds_max=10)
+    async with database.transaction() as session:
+        for model, terms in prices.items():
+            if terms is not None:
+                await add_price(session, model, terms)
+    async with Gateway(stores, directory, config_for(base_url, models=tuple(prices))) as gateway:
+        yield Place(gateway, database, redis, writer)
+    await writer.close()
+    await redis.aclose()
+    await database.close()

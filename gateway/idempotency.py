@@ -78,6 +78,7 @@ class Idempotency:
         self._holds: set[Hold] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._renewing: asyncio.Task[None] | None = None
+        self._is_stopping = False
         self._loop = asyncio.get_running_loop()
 
     async def stop(self, timeout_seconds: float = 5.0) -> None:
@@ -85,6 +86,7 @@ class Idempotency:
 
         An answer that cannot be kept in time is logged: whoever asks again is answered anew, and billed for it.
         """
+        self._is_stopping = True
         if self._renewing is not None:
             self._renewing.cancel()
         until = self._loop.time() + timeout_seconds
@@ -233,7 +235,7 @@ class Idempotency:
             raise
         if hold is not None:
             self._holds.add(hold)
-            if self._renewing is None or self._renewing.done():
+            if not self._is_stopping and (self._renewing is None or self._renewing.done()):
                 self._renewing = self._later(self._renew())
         return hold
 

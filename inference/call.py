@@ -26,11 +26,11 @@ from inference.upstreams.http1_errors import (
     UpstreamError,
 )
 from inference.upstreams.sse import SseRelay
-from inference.usage import counted_in, last_cue_seconds, reported_in, says_nothing, transcript_text
+from inference.usage import counted_in, last_cue_seconds, reported_in, transcript_text
 from inference.wire import ParsedRequest, parse
 from keys.limits import QuotaPlan
 from keys.quota import Quota
-from metering.normalise import OpenAIUsage, reported_cost, units_of
+from metering.normalise import OpenAIUsage, reported_cost, says_nothing, units_of
 from metering.rating import known_tier
 from metering.usage import NO_MEDIA, NO_UNITS, Media
 
@@ -262,30 +262,38 @@ class Call:
         exchange = self._exchange
         usage = relay.usage
         if usage is not None and exchange.media_estimated is not NO_MEDIA and units_of(usage) == NO_UNITS:
-            usage = None
+            usage = None  # pictures or sound are never nothing
         exchange.is_estimated = usage is None or not (is_whole or relay.is_done or relay.is_usage_last)
         if usage is None:
             exchange.usage = None
             exchange.observed(relay.observed_tokens)
         else:
             exchange.service_tier = known_tier(relay.service_tier)
-            exchange.usage = _at_least(usage, relay.observed_tokens) if exchange.is_estimated else usage
+            is_text = exchange.media_estimated is NO_MEDIA
+            exchange.usage = _at_least(usage, exchange, relay) if exchange.is_estimated and is_text else usage
         if relay.error is not None:
             exchange.error_code = "upstream_error_after_first_byte"
 
 
-def _at_least(usage: OpenAIUsage, output_tokens: int) -> OpenAIUsage:
+def _at_least(usage: OpenAIUsage, exchange: Exchange, relay: SseRelay) -> OpenAIUsage:
     """Return what was reported before the end, with as much output as has been seen since."""
-    if usage.counts()[1] >= output_tokens:
+    prompt_tokens, output_tokens = usage.counts()
+    if prompt_tokens and output_tokens >= relay.observed_tokens:
         return usage
-    return msgspec.structs.replace(usage, completion_tokens=output_tokens, output_tokens=None, total_tokens=None)
+    return msgspec.structs.replace(
+        usage,
+        prompt_tokens=prompt_tokens or exchange.tokens_estimated[0],
+        completion_tokens=max(output_tokens, relay.observed_tokens),
+        output_tokens=None,
+        total_tokens=None,
+    )
 
 
 def _look_for_more(exchange: Exchange, usage: OpenAIUsage | None, body: bytes) -> None:
     """Note what the answer itself says of what it took; that counts where no *usage* is reported, or one of nothing."""
     endpoint, media = exchange.endpoint, exchange.media_estimated
     counted = exchange.counted = counted_in(endpoint.operation, body)
-    if usage is not None and not says_nothing(usage) and (media is NO_MEDIA or units_of(usage) != NO_UNITS):
+    if usage is not None and (units_of(usage) != NO_UNITS if media is not NO_MEDIA else not says_nothing(usage)):
         return
     exchange.usage, exchange.is_estimated = counted, counted is None
     exchange.reported_cost_nano_usd = None if usage is None else reported_cost(usage)

@@ -22,7 +22,7 @@ from metering.errors import LedgerUnavailable, PriceUnknown
 from metering.ledger import Ledger
 from metering.normalise import OpenAIUsage, reported_cost, units_of
 from metering.prices import CallPrices, Price, PriceBook
-from metering.rating import rate, worst_case
+from metering.rating import PriceTerms, fitting, rate, worst_case
 from metering.usage import NO_MEDIA, NO_UNITS, Units, units_of_media
 
 _COUNT_MAX: Final = 2**31 - 1
@@ -76,22 +76,18 @@ class CallMeter:
     def rate(self, exchange: Exchange) -> None:
         """Work out what the call used and costs, as far as that is known by now."""
         usage = exchange.usage
-        if usage is not None:
-            if usage is exchange.usage_rated:
-                return
-            exchange.usage_rated = usage
-            units = units_of(usage)
-        else:
-            units = _estimated(exchange)
+        if usage is not None and usage is exchange.usage_rated:
+            return
+        exchange.usage_rated = usage
         prices = exchange.prices or _UNPRICED
         tier = exchange.service_tier
-        cost = _rated(units, prices.cost, tier)
-        if cost is None and prices.cost is not None and exchange.media_estimated is not NO_MEDIA:
-            other = _otherwise(exchange, units)
-            cost = _rated(other, prices.cost, tier)
-            units = units if cost is None else other
+        if exchange.media_estimated is not NO_MEDIA:
+            units = _media_units(exchange, prices)
+        else:
+            units = _text_units(exchange) if usage is None else units_of(usage)
         exchange.units = units
-        charge = cost if prices.charge is prices.cost else _rated(units, prices.charge, tier)
+        cost = rate(units, _terms(prices.cost), tier)
+        charge = cost if prices.charge is prices.cost else rate(units, _terms(prices.charge), tier)
         exchange.cost_nano_usd = cost
         exchange.charge_nano_usd = charge
 
@@ -197,28 +193,33 @@ def _result(
     return Result("usage", 0, service_tier, quality, is_unpriced, requests, status, outcome)
 
 
-def _estimated(exchange: Exchange) -> Units:
-    """Return what a call has used as far as that can be seen."""
-    media = exchange.media_estimated
-    return _text_estimated(exchange) if media is NO_MEDIA else units_of_media(media)
-
-
-def _otherwise(exchange: Exchange, units: Units) -> Units:
-    """Return what else than *units* is known of a call for pictures or of a recording: the price has no rate for them.
-
-    Some models are priced by the piece and report tokens; others are priced by tokens and may be cut off unreported.
-    """
-    if exchange.counted is not None:
-        return units_of(exchange.counted)
-    return _text_estimated(exchange) if exchange.usage is None else units
-
-
-def _text_estimated(exchange: Exchange) -> Units:
+def _text_units(exchange: Exchange) -> Units:
+    """Return the text of a call whose usage nobody reports, as far as it can be seen."""
     prompt_tokens, output_tokens = exchange.tokens_estimated
     if not prompt_tokens and not output_tokens:
         return NO_UNITS
     return Units(input_tokens=min(prompt_tokens, _COUNT_MAX), output_tokens=min(output_tokens, _COUNT_MAX))
 
 
-def _rated(units: Units, price: Price | None, service_tier: str) -> int | None:
-    return rate(units, None if price is None else price.terms, service_tier)
+def _media_units(exchange: Exchange, prices: CallPrices) -> Units:
+    """Return what a call for pictures, or of a recording, used, in units that its price has rates for.
+
+    Some models are priced by the piece and report tokens; others are priced by tokens, and may be cut off unreported.
+    """
+    asked, text = units_of_media(exchange.media_estimated), _text_units(exchange)
+    candidates: list[Units] = []
+    if exchange.usage is not None:
+        candidates.append(units_of(exchange.usage))
+    if exchange.counted is not None and exchange.counted is not exchange.usage:
+        candidates.append(units_of(exchange.counted))
+    if exchange.counted is None:
+        candidates.append(asked)
+    if exchange.usage is None and text is not NO_UNITS:
+        candidates.append(text)
+    units = fitting(candidates, (_terms(prices.cost), _terms(prices.charge)), exchange.service_tier)
+    exchange.is_estimated = exchange.is_estimated or units is asked
+    return units
+
+
+def _terms(price: Price | None) -> PriceTerms | None:
+    return None if price is None else price.terms

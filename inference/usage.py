@@ -41,10 +41,6 @@ _images: Final = msgspec.json.Decoder(_Images)
 _verbose: Final = msgspec.json.Decoder(_Verbose, strict=False)
 _transcript: Final = msgspec.json.Decoder(_Transcript)
 _NOTHING: Final = Reported()
-_COUNTS: Final = (
-    *("prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "output_tokens"),
-    *("seconds", "prompt_audio_seconds"),
-)
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # Where a cue of SubRip or WebVTT ends; WebVTT may leave the hours out.
 _CUE_END: Final = re.compile(rb"-->[ \t]*(?:(\d{1,3}):)?(\d\d):(\d\d)[,.](\d{3})")
@@ -61,11 +57,6 @@ def reported_in(body: bytes) -> Reported:
     return reported
 
 
-def says_nothing(usage: OpenAIUsage | None) -> bool:
-    """Tell whether a provider has reported no count at all; a count of 0 is one."""
-    return usage is None or all(getattr(usage, name) is None for name in _COUNTS)
-
-
 def counted_in(operation: str, body: bytes) -> CountedUsage | None:
     """Return what can be counted in an answer that reports no usage; None where nothing can.
 
@@ -80,7 +71,9 @@ def counted_in(operation: str, body: bytes) -> CountedUsage | None:
             return None
     except _UNREADABLE:
         return None
-    return counted if is_credible(counted) else None
+    # No recording takes no time; an answer may well have no pictures.
+    is_said = operation == "image_generation" or counted.seconds > 0
+    return counted if is_said and is_credible(counted) else None
 
 
 def last_cue_seconds(body: bytes) -> int | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 import msgspec
-from multipart import MultipartError, MultipartSegment, PushMultipartParser
 
 from inference.endpoints import Endpoint
 from inference.errors import BodyInvalid
-from inference.forms import boundary_of, with_values
+from inference.forms import Part, media_type_of, parts_of, written
 from inference.tokens import (
     count_choices,
     estimate_audio_seconds,
@@ -30,6 +29,7 @@ _flag: Final = msgspec.json.Decoder(bool | None)
 _encode: Final = msgspec.json.Encoder().encode
 _MODEL_LENGTH_MAX: Final = 256
 JSON: Final = b"application/json"
+_FORM_FIELDS: Final = frozenset({"model", "stream", "response_format"})
 _USAGE_ASKED: Final = msgspec.Raw(b'{"include_usage":true}')
 
 
@@ -73,10 +73,10 @@ class ParsedRequest(msgspec.Struct, frozen=True):
         """Return the body to send, with the deployment's own *model* name and, on streams, with usage asked for."""
         fields = self.fields
         if fields is None:
-            changes = {"response_format": ("text", "json")} if self.wants_text else {}
-            if model != self.model:
-                changes["model"] = (self.model, model)
-            return with_values(self.body, self.content_type, changes) if changes else self.body
+            changes = {"model": model.encode()}
+            if self.wants_text:
+                changes["response_format"] = b"json"
+            return written(self.content_type, self.body, changes)
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
@@ -160,47 +160,31 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: s
 
 
 def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
-    """Find the model in a multipart form; the form itself goes upstream as it is.
-
-    A second `model` part is refused: the provider might read the other one.
-    """
-    values = _form_texts(content_type, body, {"model", "stream", "response_format"})
-    models = values.get("model", [])
-    if not models:
+    """Read of a multipart form what concerns us. Errors: BodyInvalid, also for a field of ours that is given twice."""
+    values: dict[str, str] = {}
+    for part in parts_of(content_type, body):
+        if part.name not in _FORM_FIELDS:
+            continue
+        if part.filename is not None or part.name in values:
+            what = "is given twice" if part.filename is None else "is not a file"
+            raise BodyInvalid(f"Invalid form: '{part.name}' {what}.", param=part.name)
+        values[part.name] = _form_text(part)
+    if "model" not in values:
         raise BodyInvalid("you must provide a model parameter")
-    for name, found in values.items():
-        if len(found) > 1:
-            raise BodyInvalid("Invalid form: a field is given twice.", param=name)
-    is_stream = values.get("stream", [""])[0].lower() in {"true", "1"}
     return ParsedRequest(
         None,
         body,
-        content_type,
-        checked_model(models[0]),
-        is_stream,
+        media_type_of(content_type),
+        checked_model(values["model"]),
+        is_stream=values.get("stream", "").lower() in {"true", "1"},
         media=Media(0, estimate_audio_seconds(len(body))),
         # Also of a stream: its events are the same, and a model that cannot stream answers whole.
-        wants_text=values.get("response_format") == ["text"],
+        wants_text=values.get("response_format") == "text",
     )
 
 
-def _form_texts(content_type: bytes, body: bytes, names: set[str]) -> dict[str, list[str]]:
-    boundary = boundary_of(content_type)
-    found: dict[str, list[str]] = {}
-    chunks: list[bytes] | None = None
-    segment: MultipartSegment | None = None
+def _form_text(part: Part) -> str:
     try:
-        with PushMultipartParser(boundary, content_length=len(body), max_segment_count=64) as parser:
-            for part in parser.parse(body):
-                if isinstance(part, MultipartSegment):
-                    segment = part
-                    chunks = [] if part.name in names else None
-                    if chunks is not None and part.filename is not None:
-                        raise BodyInvalid(f"Invalid form: '{part.name}' is not a file.", param=part.name)
-                elif part is not None and chunks is not None:
-                    chunks.append(bytes(part[: _MODEL_LENGTH_MAX + 1]))
-                elif part is None and chunks is not None and segment is not None:
-                    found.setdefault(str(segment.name), []).append(b"".join(chunks).decode())
-    except (MultipartError, UnicodeDecodeError):
-        raise BodyInvalid("Invalid form: it could not be parsed.") from None
-    return found
+        return part.value[: _MODEL_LENGTH_MAX + 1].decode()
+    except UnicodeDecodeError:
+        raise BodyInvalid(f"Invalid type or value for '{part.name}'.", param=part.name) from None

@@ -127,17 +127,20 @@ local function look(requests, tokens)
 end
 
 local rl, rr, rx, tl, tr, tx = look(1, amount)
-local leases = buckets + 1
+local leases, running = buckets + 1, {}
 for s = 1, scopes do
   local concurrent = unpack_('<d', packed, s * 40 - 7)
   if concurrent >= 0 then
-    if call('ZCARD', KEYS[leases]) >= concurrent then
+    local count = call('ZCARD', KEYS[leases])
+    if count >= concurrent then
       -- Leases of crashed gateways have run out by themselves; they are swept when room is short.
       call('ZREMRANGEBYSCORE', KEYS[leases], '-inf', now_ms)
-      if call('ZCARD', KEYS[leases]) >= concurrent and wait_ms < 1000 then
+      count = call('ZCARD', KEYS[leases])
+      if count >= concurrent and wait_ms < 1000 then
         blocked, wait_ms, blocked_limit = s * 5, 1000, concurrent
       end
     end
+    running[leases] = count
     leases = leases + 1
   end
 end
@@ -174,6 +177,7 @@ if scopes > 0 then
 end
 for k = buckets + 1, leases - 1 do
   call('ZADD', KEYS[k], now_ms + lease_ms, id)
-  call('PEXPIRE', KEYS[k], LEASES_TTL_MS)
+  -- A set that was empty is a new one; of others it is said again once an hour, as of the buckets.
+  if is_expiry_due or running[k] == 0 then call('PEXPIRE', KEYS[k], LEASES_TTL_MS) end
 end
 return reply

@@ -191,6 +191,19 @@ def is_credible(usage: Usage) -> bool:
     return all(count is None or 0 <= count <= COUNT_MAX for count in counts + rest)
 
 
+def says_nothing(usage: OpenAIUsage) -> bool:
+    """Tell whether a provider has reported no count at all; a count of 0 is one."""
+    return (
+        usage.prompt_tokens is None
+        and usage.completion_tokens is None
+        and usage.total_tokens is None
+        and usage.input_tokens is None
+        and usage.output_tokens is None
+        and usage.seconds is None
+        and usage.prompt_audio_seconds is None
+    )
+
+
 def reported_cost(usage: OpenAIUsage) -> NanoUsd | None:
     """Return what the provider says that the call cost, rounded up to nano-USD; None where it does not say.
 

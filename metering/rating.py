@@ -7,7 +7,7 @@ served, and within it by how long the whole prompt was. A unit without a rate of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Final
 
 import msgspec
@@ -133,6 +133,21 @@ def rate(units: Units, terms: PriceTerms | None, service_tier: str | None) -> Na
                 return None
             scaled += count * price
     return _rounded_up(scaled)
+
+
+def fitting(candidates: Sequence[Units], prices: Sequence[PriceTerms | None], service_tier: str | None) -> Units:
+    """Return the first of several ways to count a call that every one of *prices* asks something for.
+
+    Else the first that the last one does, which is what the organization pays by. (A price by the second may have
+    tokens for nothing.) Else the first that they can rate, in the same order; else simply the first.
+    """
+    rated = [(units, [rate(units, terms, service_tier) for terms in prices]) for units in candidates]
+    for is_charged in (True, False):
+        for start in (0, len(prices) - 1):
+            for units, amounts in rated:
+                if all(amount is not None and (amount > 0 or not is_charged) for amount in amounts[start:]):
+                    return units
+    return candidates[0]
 
 
 def worst_case(terms: PriceTerms, ask: Ask) -> NanoUsd | None:

@@ -17,7 +17,7 @@ import structlog
 from metering import partitions
 from metering.entries import LOST, SETTLE, Attribution, Entry, Result, settle_arguments
 from metering.prices import terms_of
-from metering.rating import DEFAULT_TIER, PriceTerms, rate
+from metering.rating import DEFAULT_TIER, PriceTerms, fitting, rate
 from metering.usage import NO_UNITS, Media, Units, units_of_media
 
 Run = Callable[..., Awaitable[list[Any]]]
@@ -59,10 +59,10 @@ def _estimate(orphan: Mapping[str, Any], terms: Mapping[str, PriceTerms]) -> Ent
     """
     text = Units(input_tokens=orphan["prompt_tokens"], output_tokens=orphan["observed_output_tokens"])
     media = units_of_media(Media(orphan["images"], orphan["audio_seconds"]))
-    price = terms.get(orphan["price_id"] or "")
-    units = text if media == NO_UNITS or rate(media, price, DEFAULT_TIER) is None else media
-    cost = rate(units, price, DEFAULT_TIER)
-    charge = rate(units, terms.get(orphan["charge_price_id"] or ""), DEFAULT_TIER)
+    prices = [terms.get(orphan[name] or "") for name in ("price_id", "charge_price_id")]
+    known = [units for units in (media, text) if units != NO_UNITS] or [NO_UNITS]
+    units = fitting(known, prices, DEFAULT_TIER)
+    cost, charge = (rate(units, price, DEFAULT_TIER) for price in prices)
     return Entry(
         request_id=orphan["request_id"],
         attribution=Attribution(*(orphan[name] for name in Attribution._fields)),

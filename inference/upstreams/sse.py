@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import msgspec
 
-from metering.normalise import OpenAIUsage, is_credible
+from metering.normalise import OpenAIUsage, is_credible, says_nothing
 
 # Two line ends in a row. Atomic, so that one CRLF is never taken for two.
 _BOUNDARY: Final = re.compile(rb"(?>\r\n|\n|\r)(?>\r\n|\n|\r)")
@@ -49,6 +49,7 @@ _SAID: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments|r
 _BYTES_PER_TOKEN: Final = 4
 # How the names of events end that say what an answer took: `image_generation.completed`, `transcript.text.done`.
 _LAST_EVENTS: Final = (".completed", ".done")
+_LAST_LARGE: Final = re.compile(rb'"type":\s?"[a-z_.]{1,64}\.(?:completed|done)"')
 _EMPTY: Final = {b"null", b"false", b"{}", b'""', b"0", b"[]"}
 
 
@@ -65,6 +66,7 @@ class SseRelay:
         "_held",
         "_hides_usage",
         "_inside_large",
+        "_is_large_last",
         "_said_bytes",
         "_tail",
         "_usage_at",
@@ -84,6 +86,7 @@ class SseRelay:
         self._held = b""
         # Inside an event that is too large to be held back.
         self._inside_large = False
+        self._is_large_last = False
         self._said_bytes = 0
         self._tail = b""
         self.usage: OpenAIUsage | None = None
@@ -121,15 +124,17 @@ class SseRelay:
             self._inside_large = False
             first = _BOUNDARY.search(whole)
             cut = first.end() if first else len(whole)
-            self._look_into_large(self._tail + whole[:cut])
-            self._tail = b""
+            self._end_large(whole[:cut])
             return whole[:cut] + self._scan(whole[cut:])
         return self._scan(whole)
 
     def finish(self) -> bytes:
         """Return what is left when the upstream has ended: an event that was never terminated, as it is."""
         rest, self._held = self._held, b""
-        return self._scan(rest) if rest and not self._inside_large else rest
+        if self._inside_large:
+            self._end_large(rest)
+            return rest
+        return self._scan(rest) if rest else rest
 
     def _hold(self, data: bytes) -> bytes:
         if len(data) <= _HELD_BYTES_MAX and not self._inside_large:
@@ -139,14 +144,24 @@ class SseRelay:
         if not self._inside_large:
             self._inside_large = True
             self.events += 1
-            self._look_into_large(data)
+            self._usage_at = -1
+            self._look_into_large(data[:_TAIL_BYTES])
         self._held = data[-3:]
         data = data[:-3]
         self._tail = (self._tail + data)[-_TAIL_BYTES:]
         return data
 
+    def _end_large(self, rest: bytes) -> None:
+        """Note what the tail of a large event says, and whether that is the last word."""
+        is_last = self._is_large_last
+        self._look_into_large((self._tail + rest)[-_TAIL_BYTES:])
+        self._tail = b""
+        if (is_last or self._is_large_last) and self.usage is not None:
+            self._usage_at = self.events
+
     def _look_into_large(self, part: bytes) -> None:
         """Note the usage of an event that is never here as a whole: it stands before or behind what makes it large."""
+        self._is_large_last = _LAST_LARGE.search(part) is not None
         at = part.rfind(b'"usage":')
         if at < 0:
             return
@@ -156,8 +171,8 @@ class SseRelay:
             usage = _usage.decode(text[:end].encode("latin-1"))
         except (ValueError, RecursionError):  # msgspec's errors among them
             return
-        if usage is not None and is_credible(usage):
-            self.usage, self._usage_at = usage, self.events
+        if usage is not None and is_credible(usage) and not says_nothing(usage):
+            self.usage = usage
 
     def _scan(self, whole: bytes) -> bytes:
         if not whole:
@@ -184,7 +199,7 @@ class SseRelay:
         if has_error:
             places |= _marked(whole, b'"error"')
         places |= _marked(whole, b"[DONE]")
-        changed = [(start, end, self._look(whole[start:end], whole[end:])) for start, end in sorted(places)]
+        changed = [(start, end, self._look(whole[start:end], whole, end)) for start, end in sorted(places)]
         for start, end, new in reversed(changed):
             if new is not None:
                 whole = whole[:start] + new + whole[end:]
@@ -195,14 +210,14 @@ class SseRelay:
         end = 0
         for event in _events(whole):
             end += len(event)
-            new = self._look(event, whole[end:])
+            new = self._look(event, whole, end)
             out.append(event if new is None else new)
         return b"".join(out)
 
-    def _look(self, event: bytes, rest: bytes) -> bytes | None:
+    def _look(self, event: bytes, whole: bytes, end: int) -> bytes | None:
         """Note what concerns us of *event*; return what goes on in its place, None for the event itself.
 
-        *rest* is what came together with it, behind it.
+        It ends at *end* of the *whole* that it came in.
         """
         payload = _payload(event)
         if payload.startswith(b"[DONE]"):
@@ -218,10 +233,11 @@ class SseRelay:
             self.error = bytes(chunk.error)
         if chunk.usage is None:
             return None
-        self.usage = chunk.usage if is_credible(chunk.usage) else None
-        is_own = chunk.choices == [] or (chunk.type or "").endswith(_LAST_EVENTS)
-        self._usage_at = self.events - rest.count(b"data:") if is_own else -1
-        self.service_tier = chunk.service_tier
+        if not says_nothing(chunk.usage):
+            self.usage = chunk.usage if is_credible(chunk.usage) else None
+            self.service_tier = chunk.service_tier
+            is_own = chunk.choices == [] or (chunk.type or "").endswith(_LAST_EVENTS)
+            self._usage_at = self.events - whole.count(b"data:", end) if is_own else -1
         if self._hides_usage and chunk.choices == []:
             return b""
         return self._with_cost(payload) if self._cost_of is not None and self.usage is not None else None

@@ -233,6 +233,30 @@ class TestInAStream:
         line = await _is_settled(gateway, tenant, redis)
         assert (line["input_tokens"], line["output_tokens"], line.get("tokens_estimated")) == (70, billed, True)
 
+    @pytest.mark.parametrize("usage", [{}, {"cost": 0.5}, {"prompt_tokens_details": {}}])
+    async def test_a_usage_without_a_count_is_none(
+        self,
+        gateway: Gateway,
+        provider: FakeProvider,
+        tenant: Tenant,
+        model: str,
+        redis: Redis,
+        usage: dict[str, object],
+    ) -> None:
+        """Guarantee: a whole stream whose provider says nothing is estimated, and not free."""
+        last = msgspec.json.encode({**msgspec.json.decode(chunk(usage=(1, 1))), "usage": usage})
+
+        async def play(exchange: Exchange) -> None:
+            await exchange.send_head()
+            await exchange.send_events(chunk("a"), chunk("b"), last)
+
+        provider.scripts.append(play)
+        got = await call(gateway.port, post(PATH, tenant.key, chat(model, stream=True, text="x" * 4_000)))
+        assert got.body.endswith(b"[DONE]\n\n")
+        line = await _is_settled(gateway, tenant, redis)
+        assert line["input_tokens"] > 1_000
+        assert (line["output_tokens"] >= 2, line.get("tokens_estimated")) == (True, True)
+
     async def test_a_usage_that_came_first_is_not_the_last_word_either(
         self, gateway: Gateway, provider: FakeProvider, tenant: Tenant, model: str, redis: Redis
     ) -> None:

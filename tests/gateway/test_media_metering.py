@@ -11,6 +11,7 @@ import pytest
 
 from core.database import Database
 from metering.rating import PriceTerms, Rates, Step
+from tests.harness.eventually import eventually
 from tests.harness.place import Place, open_place
 from tests.harness.provider import Exchange, FakeProvider, Script, answer
 from tests.harness.raw import RawConnection, call, post
@@ -22,6 +23,7 @@ USD = 10**9 * 10**6
 PRICES = {
     "draw": Rates(images=USD // 25),
     "draw-by-tokens": Rates(input_tokens=10**9, output_tokens=10**9),
+    "hear-by-tokens": Rates(input_tokens=10**9, input_audio_tokens=10**9, output_tokens=10**9),
     "hear": Rates(audio_seconds=USD // 10_000, input_tokens=0, output_tokens=0),
     "embed": Rates(input_tokens=10**9, output_tokens=10**12),
 }
@@ -147,6 +149,45 @@ class TestPictures:
         entry = await place.entry(tenant)
         assert (entry["images"], entry["is_unpriced"], entry["cost_nano_usd"]) == (2, False, 80_000_000)
 
+    async def test_so_does_a_stream_of_them(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
+        usage = {"input_tokens": 10, "output_tokens": 4_000, "total_tokens": 4_010}
+        provider.scripts.append(events({"type": "image_generation.completed", "b64_json": "A", "usage": usage}))
+        assert (await call(place.port, post(IMAGES, tenant.key, asked(model="draw", stream=True)))).status == 200
+        entry = await place.entry(tenant)
+        assert (entry["images"], entry["is_unpriced"], entry["quality"]) == (1, False, "estimated")
+        assert entry["cost_nano_usd"] == 40_000_000
+
+    @pytest.mark.parametrize(
+        ("model", "own", "cost", "charge"),
+        [
+            ("draw", Rates(input_tokens=10**9, output_tokens=10**9), 0, 4_010_000),
+            ("draw-by-tokens", Rates(images=USD // 10), 0, 200_000_000),
+            ("draw", Rates(images=USD // 10), 80_000_000, 200_000_000),
+        ],
+    )
+    async def test_an_organizations_own_price_decides_what_is_counted_where_the_two_differ(
+        self,
+        place: Place,
+        provider: FakeProvider,
+        tenant: Tenant,
+        model: str,
+        own: Rates,
+        cost: int,
+        charge: int,
+    ) -> None:
+        """Guarantee: what the organization pays by is never nothing; what the provider takes is then not known."""
+        await place.set_own_price(tenant, model, own)
+        usage = {"input_tokens": 10, "output_tokens": 4_000, "total_tokens": 4_010}
+
+        async def charged() -> bool:
+            provider.scripts.append(answer(pictures(2, usage=usage)))
+            await call(place.port, post(IMAGES, tenant.key, asked(model=model, n=2)))
+            entries = await eventually(lambda: place.entries(tenant))
+            return entries[-1]["charge_nano_usd"] == charge
+
+        await eventually(charged, 15)
+        assert (await place.entries(tenant))[-1]["cost_nano_usd"] == cost
+
     async def test_no_pictures_cost_nothing(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
         provider.scripts.append(answer(pictures(0)))
         await call(place.port, post(IMAGES, tenant.key, asked(model="draw", n=4)))
@@ -243,6 +284,13 @@ class TestRecordings:
             (b'{"text": "it says --> 00:00:00,000"}', "application/json", 101),
             (b'{"text": "hi", "duration": "8.4s"}', "application/json", 101),
             (b'{"text": "hi", "duration": -5}', "application/json", 101),
+            (b'{"text": "hi", "duration": 0}', "application/json", 101),
+            # Tokens, of which a price by the second knows nothing.
+            (
+                b'{"text": "hi", "usage": {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}}',
+                "application/json",
+                101,
+            ),
         ],
     )
     async def test_what_an_answer_says_amiss_makes_no_call_free(
@@ -283,6 +331,31 @@ class TestRecordings:
         assert got.json() == verbose
         entry = await place.entry(tenant)
         assert (entry["audio_seconds"], entry["quality"]) == (9, "exact")
+
+    async def test_a_recording_that_is_priced_by_tokens_is_unpriced_where_nobody_reports_them(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        """Guarantee: never free; `aap prices missing` names it."""
+        provider.scripts.append(answer(b'{"text": "hi"}'))
+        form = recording(model="hear-by-tokens", bytes_long=1_600_000)
+        await call(place.port, transcribe(tenant, form))
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["is_unpriced"], entry["quality"]) == (101, True, "estimated")
+
+    async def test_seconds_that_are_reported_before_a_stream_breaks_off_stay_seconds(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        async def broken(exchange: Exchange) -> None:
+            await exchange.send_head()
+            done = {"type": "transcript.text.done", "usage": {"type": "duration", "seconds": 7}}
+            for event in ({"type": "transcript.text.delta"}, done, {"type": "x"}):
+                await exchange.send_chunk(b"data: " + msgspec.json.encode(event) + b"\n\n")
+            exchange.reset()
+
+        provider.scripts.append(broken)
+        await call(place.port, transcribe(tenant, recording(model="hear", stream="true")))
+        entry = await place.entry(tenant)
+        assert (entry["audio_seconds"], entry["output_tokens"], entry["quality"]) == (7, 0, "estimated")
 
     async def test_two_formats_are_one_too_many(self, place: Place, tenant: Tenant) -> None:
         """Guarantee: what is asked for is what the provider reads, whichever of two it would take."""

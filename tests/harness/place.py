@@ -10,12 +10,13 @@ from typing import Any
 from redis.asyncio import Redis
 
 from core.database import Database
+from core.ids import OrganizationId
 from core.money import NanoUsd
 from keys.dimensions import BudgetScope
 from keys.revocation import KeyChange, announce
 from metering.budgets import set_budget
 from metering.prices import add_price
-from metering.rating import PriceTerms
+from metering.rating import PriceTerms, Rates, Step
 from metering.writer import Writer
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway, config_for
@@ -61,6 +62,12 @@ class Place:
                 organization_id=tenant.organization_id,
             )
         await announce(self.redis, KeyChange(sequence=sequence, organization_id=tenant.organization_id, key_id=None))
+
+    async def set_own_price(self, tenant: Tenant, model: str, rates: Rates) -> None:
+        """What the organization pays, from now on; the gateway knows within seconds."""
+        terms = PriceTerms(tiers={"default": (Step(rates=rates),)})
+        async with self.database.transaction() as session:
+            await add_price(session, model, terms, organization_id=OrganizationId(tenant.organization_id))
 
 
 @asynccontextmanager

@@ -1,17 +1,18 @@
-"""Forms, changed where the provider is to read something else: these fields and nothing else, whatever the rest is."""
+"""Forms go upstream in one plain spelling: what was read here is what is sent, and nothing that was read past."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from multipart import MultipartSegment, PushMultipartParser
 
 from inference.errors import BodyInvalid
-from inference.forms import with_values
+from inference.forms import media_type_of, parts_of, written
 
 TYPE = b"multipart/form-data; boundary=b"
-CHANGES = {"response_format": ("text", "json")}
+CHANGES = {"response_format": b"json", "model": b"deployed"}
 
 
 def part(name: str, value: bytes, style: str = 'Content-Disposition: form-data; name="{}"') -> bytes:
@@ -22,15 +23,8 @@ def form(*parts: bytes) -> bytes:
     return b"".join(parts) + b"--b--\r\n"
 
 
-def read(body: bytes) -> list[tuple[str, bytes]]:
-    found: list[tuple[str, bytes]] = []
-    with PushMultipartParser("b", content_length=len(body)) as parser:
-        for piece in parser.parse(body):
-            if isinstance(piece, MultipartSegment):
-                found.append((str(piece.name), b""))
-            elif piece is not None:
-                found[-1] = (found[-1][0], found[-1][1] + bytes(piece))
-    return found
+def read(body: bytes, content_type: bytes = TYPE) -> list[tuple[str, str | None, str, bytes]]:
+    return [(one.name, one.filename, one.content_type, one.value) for one in parts_of(content_type, body)]
 
 
 STYLES = [
@@ -38,13 +32,16 @@ STYLES = [
     "content-disposition:form-data;name={}",
     'CONTENT-DISPOSITION: form-data; name = "{}"; other=1',
     'Content-Type: text/plain; charset=utf-8\r\nContent-Disposition: form-data; name="{}"',
-    'Content-Disposition: form-data; name="{}"\r\nX-Length: 4',
+    'Content-Disposition: form-data; name="{}"; filename="ü \\" ; name=model; z=.mp3"\r\nX-Length: 4',
+    'Content-Disposition: form-data; name="model"\r\nContent-Disposition: form-data; name="{}"',
+    'Content-Disposition: form-data;\r\n name="{}"',
 ]
-# What a file may hold, all of it meant to be taken for something else.
+# What may stand in a file or around the parts, all of it meant to be taken for something else.
 BAIT = [
     b"--b\r\n",
     b"\r\n--b",
     b"--b--",
+    b"\r\n--b--\r\n",
     b"\r\n\r\n",
     b'Content-Disposition: form-data; name="response_format"',
     b"text",
@@ -52,50 +49,77 @@ BAIT = [
     b"\r",
     b"x",
 ]
-
-
-@given(
-    style=st.sampled_from(STYLES),
-    before=st.lists(st.tuples(st.sampled_from(["file", "model", "x"]), st.lists(st.sampled_from(BAIT))), max_size=3),
-    behind=st.lists(st.tuples(st.sampled_from(["file", "prompt"]), st.lists(st.sampled_from(BAIT))), max_size=3),
+pieces = st.lists(st.sampled_from(BAIT), max_size=5).map(b"".join)
+some_parts = st.lists(
+    st.builds(part, st.sampled_from(["file", "model", "response_format", "x"]), pieces, st.sampled_from(STYLES)),
+    max_size=4,
 )
-def test_the_field_says_what_is_wanted_and_all_else_is_as_it_was(
-    style: str, before: list[tuple[str, list[bytes]]], behind: list[tuple[str, list[bytes]]]
+
+
+@given(parts=some_parts, before=pieces, behind=pieces)
+def test_what_is_sent_is_what_was_read_but_for_the_values_that_change(
+    parts: list[bytes], before: bytes, behind: bytes
 ) -> None:
-    """Guarantee: as the parser reads the form that came, so is the form that goes, but for the one value."""
-    around = [[part(name, b"".join(pieces)) for name, pieces in side] for side in (before, behind)]
-    body = form(*around[0], part("response_format", b"text", style), *around[1])
+    """Guarantee: whatever the form looks like; and written once more, it does not change any more."""
+    body = before + form(*parts) + behind
     try:
-        parts = read(body)
-    except Exception:  # noqa: BLE001 - what is no form is refused before it comes here
+        was = read(body)
+        sent = written(TYPE, body, CHANGES)
+    except BodyInvalid:
         return
-    if [value for name, value in parts if name == "response_format"] != [b"text"]:
-        return
-    changed = read(with_values(body, TYPE, CHANGES))
-    assert changed == [(name, b"json" if name == "response_format" else value) for name, value in parts]
+    assert read(sent) == [(*head, CHANGES.get(head[0], value)) for *head, value in was]
+    assert written(TYPE, sent, {}) == sent
+    # Nothing is there but the parts: no preamble, no epilogue, one head for each.
+    assert sent.startswith(b"--b\r\nContent-Disposition: form-data; name=") or sent == b"--b--\r\n"
+    assert sent.endswith(b"--b--\r\n")
+    assert sent.count(b"\r\n\r\n") >= len(was)
 
 
-def test_two_fields_at_once_in_either_order() -> None:
-    model, wanted = part("model", b"a"), part("response_format", b"text")
-    file = part("file", b"text\r\na", 'Content-Disposition: form-data; name="{}"; filename="a"')
-    for parts in ([model, wanted, file], [file, wanted, model]):
-        changed = with_values(form(*parts), TYPE, {**CHANGES, "model": ("a", "bee")})
-        assert dict(read(changed)) == {"model": b"bee", "response_format": b"json", "file": b"text\r\na"}
+def test_a_usual_form_is_sent_as_it_came() -> None:
+    file = 'Content-Disposition: form-data; name="{}"; filename="a.mp3"\r\nContent-Type: audio/mpeg'
+    body = form(part("model", b"m"), part("file", b"\x00\r\n--x", file))
+    assert written(TYPE, body, {}) == body
+    assert written(TYPE, body, {"model": b"n"}) == body.replace(b"\r\n\r\nm\r\n", b"\r\n\r\nn\r\n")
 
 
 @pytest.mark.parametrize(
-    "body",
+    "content_type",
     [
-        form(part("response_format", b"text ")),
-        form(part("response_format", b"srt")),
-        form(part("file", b"text")),
-        form(part("response_format", b"text", "X: " + "x" * 5_000 + '\r\nContent-Disposition: form-data; name="{}"')),
-        b"",
+        b"multipart/form-data; boundary=\xe9",
+        b'multipart/form-data; boundary="a\tb"',
+        b'multipart/form-data; boundary="a "',
+        b'multipart/form-data; boundary=""',
+        b"multipart/form-data; boundary=" + b"b" * 71,
+        b"multipart/form-data",
+        b"multipart/mixed; boundary=b",
+        b"text/plain",
     ],
 )
-def test_a_field_that_does_not_say_so_is_refused(body: bytes) -> None:
-    with pytest.raises(BodyInvalid, match="response_format"):
-        with_values(body, TYPE, CHANGES)
+def test_a_boundary_that_may_be_read_in_two_ways_is_refused(content_type: bytes) -> None:
+    with pytest.raises(BodyInvalid):
+        media_type_of(content_type)
+    with pytest.raises(BodyInvalid):
+        read(form(part("model", b"m")), content_type)
+
+
+@pytest.mark.parametrize(
+    ("content_type", "plain"),
+    [
+        (b"multipart/form-data; boundary=b", b"multipart/form-data; boundary=b"),
+        (b'Multipart/Form-Data;boundary="b";charset=x', b"multipart/form-data; boundary=b"),
+        (b"multipart/form-data; boundary=q; boundary=b", b"multipart/form-data; boundary=b"),
+        (b'multipart/form-data; boundary="a b:c"', b'multipart/form-data; boundary="a b:c"'),
+    ],
+)
+def test_the_media_type_has_one_plain_spelling(content_type: bytes, plain: bytes) -> None:
+    assert media_type_of(content_type) == plain
+
+
+@pytest.mark.parametrize("style", ['Content-Disposition: form-data; name="{}"\nX: y', "Content-Type: a\nb"])
+def test_a_head_with_control_characters_is_not_sent_on(style: str) -> None:
+    with contextlib.suppress(BodyInvalid):
+        sent = written(TYPE, form(part("model", b"m", style)), {})
+        assert b"\n" not in sent.replace(b"\r\n", b"")
 
 
 @pytest.mark.parametrize(
@@ -110,9 +134,8 @@ def test_a_field_that_does_not_say_so_is_refused(body: bytes) -> None:
     ],
 )
 def test_a_file_cannot_keep_us_busy(bait: bytes) -> None:
-    """Guarantee: the time it takes is the time to read the form once. (By the square of it, this would take hours.)"""
-    file = bait * (10_000_000 // len(bait))
-    body = form(
-        part("file", file, 'Content-Disposition: form-data; name="{}"; filename="a"'), part("response_format", b"text")
-    )
-    assert with_values(body, TYPE, CHANGES).endswith(b"\r\n\r\njson\r\n--b--\r\n")
+    """Guarantee: the time it takes is the time to read the form. (By the square of it, this would take hours.)"""
+    file = 'Content-Disposition: form-data; name="{}"; filename="a"'
+    body = form(part("file", bait * (10_000_000 // len(bait)), file), part("response_format", b"text"))
+    with contextlib.suppress(BodyInvalid):
+        assert written(TYPE, body, CHANGES).endswith(b"\r\n\r\njson\r\n--b--\r\n")

@@ -112,3 +112,71 @@ def test_an_unterminated_last_event_is_passed_on() -> None:
 def test_arbitrary_bytes_are_never_lost_or_changed(data: bytes, at: int) -> None:
     relay = SseRelay(hides_usage=False)
     assert relayed(relay, [data[:at], data[at:]]) == data
+
+
+def picture(
+    *, kind: str = "completed", bytes_large: int = 300_000, is_usage_first: bool = False, tokens: int = 9
+) -> bytes:
+    usage = b'"usage":{"input_tokens":3,"output_tokens":%d,"total_tokens":%d}' % (tokens, tokens + 3)
+    large = b'"b64_json":"%b"' % (b"A" * bytes_large)
+    first, second = (usage, large) if is_usage_first else (large, usage)
+    return b'data: {"type":"image_generation.%b",%b,%b}' % (kind.encode(), first, second)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([10, 200_000, 262_144, 300_000, 600_000]), min_size=1, max_size=3),
+    is_usage_first=st.booleans(),
+    end=st.sampled_from([b"\n", b"\r\n"]),
+    piece=st.sampled_from([1_000, 4_097, 65_536, 262_144, 10**7]),
+)
+def test_the_usage_of_a_large_event_is_found_however_it_is_split(
+    sizes: list[int], end: bytes, piece: int, *, is_usage_first: bool
+) -> None:
+    events = [
+        picture(bytes_large=size, is_usage_first=is_usage_first, tokens=number) for number, size in enumerate(sizes, 1)
+    ]
+    whole = b"".join(event + end + end for event in events)
+    relay = SseRelay(hides_usage=False)
+    out = b"".join(relay.feed(whole[at : at + piece]) for at in range(0, len(whole), piece)) + relay.finish()
+    assert out == whole
+    assert relay.usage is not None
+    assert relay.usage.counts() == (3, len(sizes))
+    assert relay.is_usage_last
+    assert relay.events == len(sizes)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        picture(kind="partial_image")[:-1_000],
+        picture(kind="partial_image") + b"\n\n",
+        b'data: {"choices":[{"delta":{"content":"%b"}}],"usage":{"prompt_tokens":100,"completion_tokens":2}}\n\n'
+        % (b"A" * 300_000),
+        picture(is_usage_first=True)[:-1_000],
+        picture() + b"\n\ndata: {}\n\n",
+    ],
+)
+def test_a_usage_that_is_not_the_last_word_is_not_taken_for_it(behind: bytes) -> None:
+    relay = SseRelay(hides_usage=False)
+    for at in range(0, len(behind), 10_000):
+        relay.feed(behind[at : at + 10_000])
+    assert not relay.is_usage_last
+
+
+def test_a_large_event_that_nothing_ends_is_looked_into_all_the_same() -> None:
+    whole = picture() + b"\n"
+    relay = SseRelay(hides_usage=False)
+    out = b"".join(relay.feed(whole[at : at + 10_000]) for at in range(0, len(whole), 10_000))
+    assert out + relay.finish() == whole
+    assert relay.usage is not None
+    assert relay.usage.counts() == (3, 9)
+
+
+def test_words_about_usage_in_a_large_event_are_words() -> None:
+    words = msgspec.json.encode({"choices": [{"delta": {"content": '"usage":{"prompt_tokens":1}' * 20_000}}]})
+    relay = SseRelay(hides_usage=False)
+    relay.feed(b"data: " + words + b"\n\n")
+    relay.feed(b"data: " + words)
+    relay.feed(b"\n\n")
+    assert relay.usage is None

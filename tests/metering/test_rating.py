@@ -16,6 +16,7 @@ from metering.rating import (
     Rates,
     Step,
     effective_rates,
+    fitting,
     known_tier,
     rate,
     rate_of,
@@ -290,3 +291,32 @@ def test_every_tier_that_a_list_can_price_is_rated_as_what_it_is() -> None:
     """Guarantee: a tier that is imported is never billed at the default one's price."""
     assert {known_tier(name) for name in price_list._TIERS.values()} == set(price_list._TIERS.values())
     assert [known_tier(name) for name in (None, "auto", "x\x00", "flex")] == ["default", "default", "default", "flex"]
+
+
+class TestFitting:
+    TOKENS, PIECES = Units(input_tokens=5), Units(images=2)
+    BY_TOKENS, BY_PIECES = terms(step(input_tokens=10**6)), terms(step(images=10**6))
+    FREE = terms(step(input_tokens=0, images=0))
+    BY_PIECES_TOKENS_FREE = terms(step(input_tokens=0, images=10**6))
+
+    @pytest.mark.parametrize(
+        ("cost", "charge", "chosen"),
+        [
+            (BY_TOKENS, BY_TOKENS, TOKENS),
+            (BY_PIECES, BY_PIECES, PIECES),
+            (BY_PIECES_TOKENS_FREE, BY_PIECES_TOKENS_FREE, PIECES),
+            # What the organization pays by goes before what the provider takes.
+            (BY_TOKENS, BY_PIECES, PIECES),
+            (BY_PIECES, BY_TOKENS, TOKENS),
+            (None, BY_PIECES, PIECES),
+            (BY_PIECES, BY_PIECES_TOKENS_FREE, PIECES),
+            # What is free, and what nobody can say.
+            (FREE, FREE, TOKENS),
+            (BY_PIECES, FREE, PIECES),
+            (None, None, TOKENS),
+        ],
+    )
+    def test_what_is_paid_for_is_counted(
+        self, cost: PriceTerms | None, charge: PriceTerms | None, chosen: Units
+    ) -> None:
+        assert fitting([self.TOKENS, self.PIECES], (cost, charge), None) == chosen

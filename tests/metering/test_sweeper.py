@@ -97,6 +97,26 @@ async def test_a_lost_call_for_pictures_that_are_priced_by_tokens_is_billed_its_
     assert (entry["images"], entry["input_tokens"], entry["cost_nano_usd"]) == (0, 7, 7_000)
 
 
+@pytest.mark.parametrize("rates", [None, Rates(input_tokens=10**9, output_tokens=10**9)])
+async def test_a_lost_recording_that_its_price_does_not_know_is_unpriced(
+    books: Books, database: Database, rates: Rates | None
+) -> None:
+    """Guarantee: what cannot be rated is never free, and keeps what is known of it."""
+    books.price_id = "price_unknown"
+    if rates is not None:
+        async with database.transaction() as session:
+            terms = PriceTerms(tiers={"default": (Step(rates=rates),)})
+            books.price_id = (await add_price(session, new_id("m"), terms)).id
+    lost = msgspec.structs.replace(books.intent(prompt=0), media=Media(0, 101))
+    await books.run(INTEND, *intend_arguments(new_id("gw"), [lost]))
+    await books.run(
+        "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
+    )
+    await swept(books)
+    [entry] = await books.entries()
+    assert (entry["audio_seconds"], entry["is_unpriced"]) == (101, True)
+
+
 async def test_who_is_alive_keeps_its_calls(books: Books) -> None:
     alive = await intend(books, new_id("gw"), age=0.5, seen=0.5)
     assert await swept(books, 5.0) == []

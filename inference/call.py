@@ -278,7 +278,7 @@ class Call:
 def _at_least(usage: OpenAIUsage, exchange: Exchange, relay: SseRelay) -> OpenAIUsage:
     """Return what was reported before the end, with as much output as has been seen since."""
     prompt_tokens, output_tokens = usage.counts()
-    if prompt_tokens and output_tokens >= relay.observed_tokens:
+    if prompt_tokens and units_of(usage).all_output_tokens >= relay.observed_tokens:
         return usage
     return msgspec.structs.replace(
         usage,

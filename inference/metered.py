@@ -207,18 +207,24 @@ def _media_units(exchange: Exchange, prices: CallPrices) -> Units:
     Some models are priced by the piece and report tokens; others are priced by tokens, and may be cut off unreported.
     """
     asked, text = units_of_media(exchange.media_estimated), _text_units(exchange)
-    candidates: list[Units] = []
-    if exchange.usage is not None:
-        candidates.append(units_of(exchange.usage))
-    if exchange.counted is not None and exchange.counted is not exchange.usage:
-        candidates.append(units_of(exchange.counted))
-    if exchange.counted is None:
-        candidates.append(asked)
-    if exchange.usage is None and text is not NO_UNITS:
+    usage, counted = exchange.usage, exchange.counted
+    reported = NO_UNITS if usage is None else _as_pictures(units_of(usage), exchange)
+    candidates = [asked if counted is None else units_of(counted)]
+    if usage is not None and usage is not counted:
+        # Tokens come first, but for pictures that came out of none.
+        candidates.insert(0 if reported.all_output_tokens or not asked.images else 1, reported)
+    if usage is None and text is not NO_UNITS:
         candidates.append(text)
     units = fitting(candidates, (_terms(prices.cost), _terms(prices.charge)), exchange.service_tier)
     exchange.is_estimated = exchange.is_estimated or units is asked
     return units
+
+
+def _as_pictures(units: Units, exchange: Exchange) -> Units:
+    """Return *units* with the output of an images endpoint as what it is, where its provider does not say."""
+    if not exchange.media_estimated.images or units.output_image_tokens:
+        return units
+    return msgspec.structs.replace(units, output_tokens=0, output_image_tokens=units.output_tokens)
 
 
 def _terms(price: Price | None) -> PriceTerms | None:

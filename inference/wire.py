@@ -12,7 +12,7 @@ import msgspec
 
 from inference.endpoints import Endpoint
 from inference.errors import BodyInvalid
-from inference.forms import Part, media_type_of, parts_of, written
+from inference.forms import Form, Part, form_of
 from inference.tokens import (
     count_choices,
     estimate_audio_seconds,
@@ -63,6 +63,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
     choices: int = 1
     media: Media = NO_MEDIA
     """What of an answer is billed by the piece or by time, as far as the request says."""
+    form: Form | None = None
+    """What was sent instead of JSON."""
     wants_text: bool = False
     """Whether a transcript is wanted as text: asked for as JSON, which says what it took."""
 
@@ -76,7 +78,8 @@ class ParsedRequest(msgspec.Struct, frozen=True):
             changes = {"model": model.encode()}
             if self.wants_text:
                 changes["response_format"] = b"json"
-            return written(self.content_type, self.body, changes)
+            assert self.form is not None
+            return self.form.written(changes)
         # Always: an earlier attempt may have written another deployment's name.
         fields["model"] = msgspec.Raw(_encode(model))
         return _encode(fields)
@@ -162,11 +165,12 @@ def _decode(decoder: msgspec.json.Decoder[_T], raw: msgspec.Raw | bytes, name: s
 def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
     """Read of a multipart form what concerns us. Errors: BodyInvalid, also for a field of ours that is given twice."""
     values: dict[str, str] = {}
-    for part in parts_of(content_type, body):
+    form = form_of(content_type, body)
+    for part in form.parts():
         if part.name not in _FORM_FIELDS:
             continue
-        if part.filename is not None or part.name in values:
-            what = "is given twice" if part.filename is None else "is not a file"
+        if part.is_file or part.name in values:
+            what = "is not a file" if part.is_file else "is given twice"
             raise BodyInvalid(f"Invalid form: '{part.name}' {what}.", param=part.name)
         values[part.name] = _form_text(part)
     if "model" not in values:
@@ -174,10 +178,11 @@ def _parse_form(content_type: bytes, body: bytes) -> ParsedRequest:
     return ParsedRequest(
         None,
         body,
-        media_type_of(content_type),
+        form.media_type,
         checked_model(values["model"]),
         is_stream=values.get("stream", "").lower() in {"true", "1"},
         media=Media(0, estimate_audio_seconds(len(body))),
+        form=form,
         # Also of a stream: its events are the same, and a model that cannot stream answers whole.
         wants_text=values.get("response_format") == "text",
     )

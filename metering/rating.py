@@ -138,16 +138,17 @@ def rate(units: Units, terms: PriceTerms | None, service_tier: str | None) -> Na
 def fitting(candidates: Sequence[Units], prices: Sequence[PriceTerms | None], service_tier: str | None) -> Units:
     """Return the first of several ways to count a call that every one of *prices* asks something for.
 
-    Else the first that the last one does, which is what the organization pays by. (A price by the second may have
-    tokens for nothing.) Else the first that they can rate, in the same order; else simply the first.
+    Else the first that the last one does, which is what the organization pays by; else that any does. (A price by the
+    second may have tokens for nothing.) Else the first that they can rate, in the same order; else simply the first.
     """
-    rated = [(units, [rate(units, terms, service_tier) for terms in prices]) for units in candidates]
-    for is_charged in (True, False):
-        for start in (0, len(prices) - 1):
-            for units, amounts in rated:
-                if all(amount is not None and (amount > 0 or not is_charged) for amount in amounts[start:]):
-                    return units
-    return candidates[0]
+
+    def rank(units: Units) -> tuple[bool, ...]:
+        amounts = [rate(units, terms, service_tier) for terms in prices]
+        known = [amount for amount in amounts if amount is not None]
+        asked, is_whole = [bool(amount) for amount in amounts], len(known) == len(amounts)
+        return all(asked), asked[-1], is_whole and any(asked), is_whole, amounts[-1] is not None
+
+    return max(candidates, key=rank)
 
 
 def worst_case(terms: PriceTerms, ask: Ask) -> NanoUsd | None:

@@ -49,6 +49,7 @@ _SAID: Final = re.compile(rb'"(?:content|reasoning_content|reasoning|arguments|r
 _BYTES_PER_TOKEN: Final = 4
 # How the names of events end that say what an answer took: `image_generation.completed`, `transcript.text.done`.
 _LAST_EVENTS: Final = (".completed", ".done")
+_LARGE_USAGE: Final = re.compile(rb'"usage"\s{0,9}:\s{0,9}')
 _LAST_LARGE: Final = re.compile(rb'"type":\s?"[a-z_.]{1,64}\.(?:completed|done)"')
 _EMPTY: Final = {b"null", b"false", b"{}", b'""', b"0", b"[]"}
 
@@ -63,10 +64,12 @@ class SseRelay:
     __slots__ = (
         "_cost_of",
         "_counts_text",
+        "_has_large_usage",
         "_held",
         "_hides_usage",
         "_inside_large",
         "_is_large_last",
+        "_own_end",
         "_said_bytes",
         "_tail",
         "_usage_at",
@@ -86,7 +89,7 @@ class SseRelay:
         self._held = b""
         # Inside an event that is too large to be held back.
         self._inside_large = False
-        self._is_large_last = False
+        self._is_large_last = self._has_large_usage = False
         self._said_bytes = 0
         self._tail = b""
         self.usage: OpenAIUsage | None = None
@@ -96,6 +99,7 @@ class SseRelay:
         self.events = 0
         # At which event the usage came; -1 where it came beside something else.
         self._usage_at = -1
+        self._own_end: int | None = None
 
     @property
     def observed_tokens(self) -> int:
@@ -143,6 +147,7 @@ class SseRelay:
         # Keep the last bytes: the event's end may be split across two reads.
         if not self._inside_large:
             self._inside_large = True
+            self._is_large_last = self._has_large_usage = False
             self.events += 1
             self._usage_at = -1
             self._look_into_large(data[:_TAIL_BYTES])
@@ -153,26 +158,25 @@ class SseRelay:
 
     def _end_large(self, rest: bytes) -> None:
         """Note what the tail of a large event says, and whether that is the last word."""
-        is_last = self._is_large_last
         self._look_into_large((self._tail + rest)[-_TAIL_BYTES:])
         self._tail = b""
-        if (is_last or self._is_large_last) and self.usage is not None:
+        if self._is_large_last and self._has_large_usage:
             self._usage_at = self.events
 
     def _look_into_large(self, part: bytes) -> None:
         """Note the usage of an event that is never here as a whole: it stands before or behind what makes it large."""
-        self._is_large_last = _LAST_LARGE.search(part) is not None
-        at = part.rfind(b'"usage":')
-        if at < 0:
+        self._is_large_last |= _LAST_LARGE.search(part) is not None
+        places = list(_LARGE_USAGE.finditer(part))
+        if not places:
             return
-        text = part[at + len(b'"usage":') :].decode("latin-1").lstrip()
+        text = part[places[-1].end() :].decode("latin-1")
         try:
             end = _json.raw_decode(text)[1]
             usage = _usage.decode(text[:end].encode("latin-1"))
         except (ValueError, RecursionError):  # msgspec's errors among them
             return
         if usage is not None and is_credible(usage) and not says_nothing(usage):
-            self.usage = usage
+            self.usage, self._has_large_usage = usage, True
 
     def _scan(self, whole: bytes) -> bytes:
         if not whole:
@@ -199,26 +203,34 @@ class SseRelay:
         if has_error:
             places |= _marked(whole, b'"error"')
         places |= _marked(whole, b"[DONE]")
-        changed = [(start, end, self._look(whole[start:end], whole, end)) for start, end in sorted(places)]
-        for start, end, new in reversed(changed):
+        out: list[bytes] = []
+        done = 0
+        for start, end in sorted(places):
+            new = self._look(whole[start:end], end)
             if new is not None:
-                whole = whole[:start] + new + whole[end:]
-        return whole
+                out += (whole[done:start], new)
+                done = end
+        self._place_usage(whole)
+        return b"".join((*out, whole[done:])) if out else whole
 
     def _scan_one_by_one(self, whole: bytes) -> bytes:
         out: list[bytes] = []
         end = 0
         for event in _events(whole):
             end += len(event)
-            new = self._look(event, whole, end)
+            new = self._look(event, end)
             out.append(event if new is None else new)
+        self._place_usage(whole)
         return b"".join(out)
 
-    def _look(self, event: bytes, whole: bytes, end: int) -> bytes | None:
-        """Note what concerns us of *event*; return what goes on in its place, None for the event itself.
+    def _place_usage(self, whole: bytes) -> None:
+        """Note behind how many events the usage came that was found in *whole*."""
+        if self._own_end is not None:
+            self._usage_at = self.events - whole.count(b"data:", self._own_end) if self._own_end >= 0 else -1
+            self._own_end = None
 
-        It ends at *end* of the *whole* that it came in.
-        """
+    def _look(self, event: bytes, end: int) -> bytes | None:
+        """Note what concerns us of *event*, which ends there; return what goes on in its place, None for itself."""
         payload = _payload(event)
         if payload.startswith(b"[DONE]"):
             self.is_done = True
@@ -237,7 +249,7 @@ class SseRelay:
             self.usage = chunk.usage if is_credible(chunk.usage) else None
             self.service_tier = chunk.service_tier
             is_own = chunk.choices == [] or (chunk.type or "").endswith(_LAST_EVENTS)
-            self._usage_at = self.events - whole.count(b"data:", end) if is_own else -1
+            self._own_end = end if is_own else -1
         if self._hides_usage and chunk.choices == []:
             return b""
         return self._with_cost(payload) if self._cost_of is not None and self.usage is not None else None

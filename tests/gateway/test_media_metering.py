@@ -12,6 +12,7 @@ import pytest
 from core.database import Database
 from metering.rating import PriceTerms, Rates, Step
 from tests.harness.eventually import eventually
+from tests.harness.forms import sent_form
 from tests.harness.place import Place, open_place
 from tests.harness.provider import Exchange, FakeProvider, Script, answer
 from tests.harness.raw import RawConnection, call, post
@@ -23,6 +24,9 @@ USD = 10**9 * 10**6
 PRICES = {
     "draw": Rates(images=USD // 25),
     "draw-by-tokens": Rates(input_tokens=10**9, output_tokens=10**9),
+    "draw-by-both": Rates(
+        images=USD // 25, input_tokens=300_000_000, output_tokens=2_500_000_000, output_image_tokens=30 * 10**9
+    ),
     "hear-by-tokens": Rates(input_tokens=10**9, input_audio_tokens=10**9, output_tokens=10**9),
     "hear": Rates(audio_seconds=USD // 10_000, input_tokens=0, output_tokens=0),
     "embed": Rates(input_tokens=10**9, output_tokens=10**12),
@@ -188,6 +192,23 @@ class TestPictures:
         await eventually(charged, 15)
         assert (await place.entries(tenant))[-1]["cost_nano_usd"] == cost
 
+    @pytest.mark.parametrize(
+        ("usage", "cost"),
+        [
+            # Only the prompt: the pictures came out of no tokens.
+            ({"prompt_tokens": 10, "total_tokens": 10}, 80_000_000),
+            # What comes out of an images endpoint is pictures.
+            ({"input_tokens": 10, "output_tokens": 2_000}, 10 * 300 + 2_000 * 30_000),
+        ],
+    )
+    async def test_where_a_price_knows_pieces_and_tokens_the_pictures_are_paid_for(
+        self, place: Place, provider: FakeProvider, tenant: Tenant, usage: dict[str, int], cost: int
+    ) -> None:
+        provider.scripts.append(answer(pictures(2, usage=usage)))
+        await call(place.port, post(IMAGES, tenant.key, asked(model="draw-by-both", n=2)))
+        entry = await place.entry(tenant)
+        assert (entry["cost_nano_usd"], entry["quality"]) == (cost, "exact")
+
     async def test_no_pictures_cost_nothing(self, place: Place, provider: FakeProvider, tenant: Tenant) -> None:
         provider.scripts.append(answer(pictures(0)))
         await call(place.port, post(IMAGES, tenant.key, asked(model="draw", n=4)))
@@ -242,7 +263,8 @@ class TestRecordings:
         assert got.body.decode() == 'Grüße, "you".\n'
         assert got.headers["content-type"].startswith("text/plain")
         assert got.headers["x-request-cost-usd"] == "0.0007"
-        assert provider.received[-1].body == recording(model="hear", response_format="json")
+        sent = [("model", None, b"hear"), ("response_format", None, b"json"), ("file", "a.mp3", b"x" * 100)]
+        assert sent_form(provider.received[-1]) == sent
         entry = await place.entry(tenant)
         assert (entry["audio_seconds"], entry["quality"]) == (7, "exact")
 

@@ -180,3 +180,27 @@ def test_words_about_usage_in_a_large_event_are_words() -> None:
     relay.feed(b"data: " + words)
     relay.feed(b"\n\n")
     assert relay.usage is None
+
+
+def test_a_usage_that_came_before_a_large_event_is_not_its_own() -> None:
+    early = (
+        b'data: {"type":"image_generation.partial_image","usage":{"input_tokens":3,"output_tokens":1,"total_tokens":4}}'
+    )
+    large = b'data: {"type":"image_generation.completed","b64_json":"%b"}' % (b"A" * 300_000)
+    whole = early + b"\n\n" + large + b"\n\n"
+    relay = SseRelay(hides_usage=False)
+    for at in range(0, len(whole), 10_000):
+        relay.feed(whole[at : at + 10_000])
+    assert relay.usage is not None
+    assert not relay.is_usage_last
+
+
+@pytest.mark.parametrize("hides", [True, False])
+def test_a_burst_of_usages_is_passed_on_whole(hides: bool) -> None:
+    """Guarantee: in one look at each. (By the square of their number this would take minutes.)"""
+    one = b'data: {"choices":[],"usage":{"prompt_tokens":1}}\n\n'
+    content = b"data: " + chunk("x").replace(b',"usage":null', b"") + b"\n\n"
+    whole = (one + content) * 20_000 + one
+    relay = SseRelay(hides_usage=hides)
+    assert relay.feed(whole) == (content * 20_000 if hides else whole)
+    assert relay.is_usage_last

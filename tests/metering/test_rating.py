@@ -313,6 +313,7 @@ class TestFitting:
             # What is free, and what nobody can say.
             (FREE, FREE, TOKENS),
             (BY_PIECES, FREE, PIECES),
+            (BY_PIECES_TOKENS_FREE, FREE, PIECES),
             (None, None, TOKENS),
         ],
     )

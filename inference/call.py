@@ -258,7 +258,7 @@ class Call:
             self._observe(self._relay)
 
     def _observe(self, relay: SseRelay, *, is_whole: bool = False) -> None:
-        """Note what the stream has brought. What is reported in the middle of one *is_whole* only at its end."""
+        """Note what the stream has brought. A usage is exact if the answer *is_whole*, or if it came last."""
         exchange = self._exchange
         usage = relay.usage
         if usage is not None and exchange.media_estimated is not NO_MEDIA and units_of(usage) == NO_UNITS:

@@ -204,6 +204,8 @@ def _text_units(exchange: Exchange) -> Units:
 def _media_units(exchange: Exchange, prices: CallPrices) -> Units:
     """Return what a call for pictures, or of a recording, used, in units that its price has rates for.
 
+    Where these are what was asked for, the call becomes an estimated one.
+
     Some models are priced by the piece and report tokens; others are priced by tokens, and may be cut off unreported.
     """
     asked, text = units_of_media(exchange.media_estimated), _text_units(exchange)

@@ -66,34 +66,38 @@ async def test_a_dead_gateways_call_is_billed_its_prompt_and_what_was_seen_of_it
     assert await books.intents() == []
 
 
-async def test_a_lost_call_for_pictures_is_billed_the_pictures(books: Books, database: Database) -> None:
-    async with database.transaction() as session:
-        terms = PriceTerms(tiers={"default": (Step(rates=Rates(images=40_000_000 * 10**6)),)})
-        books.price_id = (await add_price(session, new_id("m"), terms)).id
-    lost = msgspec.structs.replace(books.intent(prompt=0), media=Media(2, 0))
+async def swept_media(
+    books: Books, database: Database, media: Media, rates: Rates | None, *, prompt: int = 0
+) -> dict[str, object]:
+    """What becomes of a lost call for *media* whose price is *rates*; None: a price that nobody knows."""
+    books.price_id = "price_unknown"
+    if rates is not None:
+        async with database.transaction() as session:
+            terms = PriceTerms(tiers={"default": (Step(rates=rates),)})
+            books.price_id = (await add_price(session, new_id("m"), terms)).id
+    lost = msgspec.structs.replace(books.intent(prompt=prompt), media=media)
+    # Beside another one: what many calls have in common is sent once, and this is not.
     await books.run(INTEND, *intend_arguments(new_id("gw"), [books.intent(prompt=0), lost]))
     await books.run(
         "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
     )
     await swept(books)
-    found = {entry["request_id"]: (entry["images"], entry["cost_nano_usd"]) for entry in await books.entries()}
-    assert found.pop(lost.request_id) == (2, 80_000_000)
-    assert list(found.values()) == [(0, 0)]
+    found = {str(entry["request_id"]): entry for entry in await books.entries()}
+    mine = found.pop(lost.request_id)
+    [other] = found.values()
+    assert (other["images"], other["audio_seconds"], other["cost_nano_usd"]) == (0, 0, 0)
+    return mine
+
+
+async def test_a_lost_call_for_pictures_is_billed_the_pictures(books: Books, database: Database) -> None:
+    entry = await swept_media(books, database, Media(2, 0), Rates(images=40_000_000 * 10**6))
+    assert (entry["images"], entry["cost_nano_usd"]) == (2, 80_000_000)
 
 
 async def test_a_lost_call_for_pictures_that_are_priced_by_tokens_is_billed_its_prompt(
     books: Books, database: Database
 ) -> None:
-    async with database.transaction() as session:
-        terms = PriceTerms(tiers={"default": (Step(rates=Rates(input_tokens=10**9)),)})
-        books.price_id = (await add_price(session, new_id("m"), terms)).id
-    lost = msgspec.structs.replace(books.intent(prompt=7), media=Media(2, 0))
-    await books.run(INTEND, *intend_arguments(new_id("gw"), [lost]))
-    await books.run(
-        "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
-    )
-    await swept(books)
-    [entry] = await books.entries()
+    entry = await swept_media(books, database, Media(2, 0), Rates(input_tokens=10**9), prompt=7)
     assert (entry["images"], entry["input_tokens"], entry["cost_nano_usd"]) == (0, 7, 7_000)
 
 
@@ -102,18 +106,7 @@ async def test_a_lost_recording_that_its_price_does_not_know_is_unpriced(
     books: Books, database: Database, rates: Rates | None
 ) -> None:
     """Guarantee: what cannot be rated is never free, and keeps what is known of it."""
-    books.price_id = "price_unknown"
-    if rates is not None:
-        async with database.transaction() as session:
-            terms = PriceTerms(tiers={"default": (Step(rates=rates),)})
-            books.price_id = (await add_price(session, new_id("m"), terms)).id
-    lost = msgspec.structs.replace(books.intent(prompt=0), media=Media(0, 101))
-    await books.run(INTEND, *intend_arguments(new_id("gw"), [lost]))
-    await books.run(
-        "UPDATE usage_intents SET checkpoint_at = '2026-01-01' WHERE organization_id = $1", books.tenant.organization_id
-    )
-    await swept(books)
-    [entry] = await books.entries()
+    entry = await swept_media(books, database, Media(0, 101), rates)
     assert (entry["audio_seconds"], entry["is_unpriced"]) == (101, True)
 
 

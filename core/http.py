@@ -13,7 +13,7 @@ import ipaddress
 import socket
 import ssl
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import certifi
@@ -69,7 +69,8 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
 
     def __init__(self, trusted: Iterable[Origin] = ()) -> None:
         self._trusted = frozenset(trusted)
-        self._network: httpcore.AsyncNetworkBackend = httpcore.AnyIOBackend()
+        # Without anyio, which httpx brings, httpcore has a stand-in of this name that is no backend.
+        self._network = cast("httpcore.AsyncNetworkBackend", httpcore.AnyIOBackend())
 
     async def connect_tcp(
         self,

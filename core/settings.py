@@ -84,6 +84,39 @@ class IdempotencySettings(msgspec.Struct, frozen=True, kw_only=True):
     answer_bytes_max: int
 
 
+class StripeSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How Stripe is reached. No key: no billing through Stripe."""
+
+    api_key: str | None
+    webhook_secrets: tuple[str, ...]
+    """One for each endpoint of ours at Stripe. None: the route that events come in by does not exist."""
+    url: str | None
+    """Another address than Stripe's own, such as the twin's. It may be a private one."""
+    requests_per_second: float
+    stream_above: int
+    """From so many reports in a round on, they go by the meter event stream, a hundred in a request."""
+    test_clock: str | None
+
+    def __repr__(self) -> str:
+        """Keep the secrets out of logs and tracebacks."""
+        return f"StripeSettings(url={self.url!r})"
+
+
+class MailSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """How mail is sent. No host: what would be sent is written to the log."""
+
+    host: str | None
+    port: int
+    user: str | None
+    password: str | None
+    sender: str
+    encryption: Literal["starttls", "tls", "none"]
+
+    def __repr__(self) -> str:
+        """Keep the password out of logs and tracebacks."""
+        return f"MailSettings(host={self.host!r})"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that the environment says. None for a store means: embedded, under *data_dir*."""
 
@@ -97,6 +130,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ledger: LedgerSettings
     idempotency: IdempotencySettings
     log: LogSettings
+    stripe: StripeSettings
+    mail: MailSettings
 
 
 class _Reader:
@@ -148,6 +183,8 @@ def load(environ: Mapping[str, str]) -> Settings:
             answer_bytes_max=read("AAP_IDEMPOTENCY_BYTES_MAX", 1024 * 1024, _integer(0, 1 << 26)),
         ),
         log=log,
+        stripe=_stripe(reader),
+        mail=_mail(reader),
     )
     problems = reader.problems
     if (settings.database_url is None) != (settings.redis_url is None):
@@ -187,6 +224,64 @@ def _edge(reader: _Reader, environ: Mapping[str, str]) -> EdgeSettings:
             ),
         ),
     )
+
+
+def _stripe(reader: _Reader) -> StripeSettings:
+    read = reader.read
+    api_key = read("STRIPE_API_KEY", None, _stripe_key)
+    # Sandboxes take 25 requests a second, and live accounts a hundred, beside 1,000 of meter events.
+    is_live = api_key is not None and "_live_" in api_key
+    settings = StripeSettings(
+        api_key=api_key,
+        webhook_secrets=read("STRIPE_WEBHOOK_SECRET", (), _webhook_secrets),
+        url=read("AAP_STRIPE_URL", None, _url("http", "https")),
+        requests_per_second=read("AAP_STRIPE_REQUESTS_PER_SECOND", 80.0 if is_live else 20.0, _rate),
+        stream_above=read("AAP_STRIPE_STREAM_ABOVE", 5_000, _integer(0, 1 << 31)),
+        test_clock=read("AAP_STRIPE_TEST_CLOCK", None, _optional),
+    )
+    if settings.test_clock is not None and is_live:
+        reader.problems.append("AAP_STRIPE_TEST_CLOCK: only with a test key: live customers have no clock of their own")
+    return settings
+
+
+def _mail(reader: _Reader) -> MailSettings:
+    read = reader.read
+    host = read("AAP_SMTP_HOST", None, _optional)
+    settings = MailSettings(
+        host=host,
+        port=read("AAP_SMTP_PORT", 587, _integer(1, 65535)),
+        user=read("AAP_SMTP_USER", None, _optional),
+        password=read("AAP_SMTP_PASSWORD", None, _optional),
+        sender=read("AAP_MAIL_FROM", "", str),
+        encryption=cast(
+            "Literal['starttls', 'tls', 'none']",
+            read("AAP_SMTP_ENCRYPTION", "starttls", _one_of("starttls", "tls", "none")),
+        ),
+    )
+    if host is not None and "@" not in settings.sender:
+        reader.problems.append("AAP_MAIL_FROM: required with AAP_SMTP_HOST, such as billing@example.com")
+    return settings
+
+
+def _stripe_key(text: str) -> str | None:
+    if not re.fullmatch(r"[sr]k_(test|live)_\w+", text, re.ASCII):
+        raise ValueError("expected a secret or restricted key, which begins with sk_ or rk_")
+    return text
+
+
+def _webhook_secrets(text: str) -> tuple[str, ...]:
+    secrets = tuple(part.strip() for part in text.split(",") if part.strip())
+    # An empty secret would verify whatever anybody signs with nothing (GHSA-xff3-5c9p-2mr4).
+    if not all(re.fullmatch(r"whsec_[\w+/=]{16,}", secret, re.ASCII) for secret in secrets):
+        raise ValueError("expected signing secrets, which begin with whsec_, separated by commas")
+    return secrets
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 10_000:
+        raise ValueError(f"expected a rate from 0.1 to 10000 a second, got {text!r}")
+    return value
 
 
 def _integer(low: int, high: int) -> Callable[[str], int]:

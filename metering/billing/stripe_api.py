@@ -1,0 +1,397 @@
+"""Stripe: the only file that knows its package. Every call is paced, ends in time, and fails in one of five ways.
+
+Nothing is tried again here: whether a second try is safe depends on what was tried, which only the caller knows. So
+there is no idempotency key of ours for meter events either: Stripe would answer a retry with the 500 that it saved, for
+a day; their identifier is what makes them happen once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Final, TypeVar, cast
+
+import httpx
+import msgspec
+import stripe
+from stripe.params.v2.billing import MeterEventStreamCreateParamsEvent
+
+from core.clock import Clock
+from core.http import Origin, open_client
+from core.settings import StripeSettings
+from metering.billing import stripe_objects as objects
+from metering.billing.errors import (
+    StripeKeyRejected,
+    StripeNotReached,
+    StripeOutcomeUnknown,
+    StripeRefused,
+    StripeThrottled,
+)
+
+_TIMEOUT_SECONDS: Final = 20.0
+STREAM_EVENTS_MAX: Final = 100
+"""Of one request to the meter event stream (docs.stripe.com/api/v2/billing/meter-event-stream)."""
+_PAGE: Final = 100
+_TOLERANCE_SECONDS: Final = 300
+"""How old a signature may be: Stripe's own default."""
+_NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+_T = TypeVar("_T")
+
+
+class MeterEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What a meter is to count. *value* is in the meter's unit."""
+
+    event_name: str
+    customer_id: str
+    identifier: str
+    value: int
+    occurred_at: datetime
+
+    def payload(self) -> dict[str, str]:
+        """Return the customer and the value, as Stripe's meters expect them by default."""
+        return {"stripe_customer_id": self.customer_id, "value": str(self.value)}
+
+
+class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """What Stripe says of events that it took and could not count: how many, why, and when they came."""
+
+    meter_id: str
+    codes: tuple[str, ...]
+    starts_at: datetime
+    ends_at: datetime
+
+
+class _Pace:
+    """Lets calls pass at a rate: those who come too early wait for their turn, in order."""
+
+    def __init__(self, clock: Clock, per_second: float) -> None:
+        self._clock = clock
+        self._gap_seconds = 1 / per_second
+        self._next_seconds = 0.0
+
+    async def turn(self) -> None:
+        now = self._clock.monotonic_seconds()
+        self._next_seconds = max(now, self._next_seconds) + self._gap_seconds
+        wait_seconds = self._next_seconds - self._gap_seconds - now
+        if wait_seconds > 0:
+            await asyncio.sleep(wait_seconds)
+
+
+class _GuardedHttp(stripe.HTTPClient):
+    """Sends the package's requests by our own client, behind the egress guard."""
+
+    name = "httpx"
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self._client = client
+
+    async def request_async(
+        self, method: str, url: str, headers: Mapping[str, str], post_data: Any = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        """Return body, status and headers. Errors: StripeNotReached, StripeOutcomeUnknown."""
+        try:
+            answer = await self._client.request(method, url, headers=dict(headers), content=post_data or None)
+        except _NOT_SENT as error:
+            raise StripeNotReached(type(error).__name__) from error
+        except httpx.HTTPError as error:
+            raise StripeOutcomeUnknown(type(error).__name__) from error
+        return answer.content, answer.status_code, answer.headers
+
+    async def close_async(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+
+class StripeApi:
+    """What we ask of Stripe. One per process; Errors of every method: those of `metering.billing.errors.StripeFailed`.
+
+    Objects are returned as `stripe_objects` has them, read from the answer to this very call.
+    """
+
+    def __init__(self, settings: StripeSettings, clock: Clock) -> None:
+        """Connect to nothing yet."""
+        assert settings.api_key is not None
+        trusted = () if settings.url is None else (Origin.of(settings.url),)
+        self._http = _GuardedHttp(open_client(timeout_seconds=_TIMEOUT_SECONDS, trusted=trusted, connections_max=64))
+        self._addresses: Any = (
+            {} if settings.url is None else {"api": settings.url, "meter_events": settings.url, "files": settings.url}
+        )
+        self._client = self._open(settings.api_key)
+        self._pace = _Pace(clock, settings.requests_per_second)
+        self._clock = clock
+        self._stream: tuple[float, stripe.StripeClient] | None = None
+
+    def _open(self, key: str) -> stripe.StripeClient:
+        return stripe.StripeClient(key, base_addresses=self._addresses, http_client=self._http, max_network_retries=0)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.close_async()
+
+    async def _call(self, act: Callable[[], Awaitable[_T]]) -> _T:
+        await self._pace.turn()
+        with _translated():
+            return await act()
+
+    async def _read(self, act: Callable[[], Awaitable[stripe.StripeObject | stripe.ListObject[Any]]]) -> objects.Json:
+        found = await self._call(act)
+        return found.to_dict(for_json=True)
+
+    # Customers, and the pages where they pay.
+
+    async def create_customer(
+        self, organization_id: str, name: str, *, email: str | None, test_clock: str | None
+    ) -> str:
+        """Make the organization's customer, or return the one that the same request made within a day."""
+        params: stripe.params.CustomerCreateParams = {
+            "name": name,
+            "metadata": {objects.ORGANIZATION_METADATA: organization_id},
+        }
+        if email is not None:
+            params["email"] = email
+        if test_clock is not None:
+            params["test_clock"] = test_clock
+        options: stripe.RequestOptions = {"idempotency_key": f"customer:{organization_id}"}
+        return (await self._read(lambda: self._client.v1.customers.create_async(params, options)))["id"]
+
+    async def default_payment_method(self, customer_id: str) -> str | None:
+        """Return what the customer's invoices are charged to."""
+        found = await self._read(lambda: self._client.v1.customers.retrieve_async(customer_id))
+        settings = cast("objects.Json", found.get("invoice_settings") or {})
+        return objects.id_of(settings.get("default_payment_method"))
+
+    async def create_checkout(
+        self, params: stripe.params.checkout.SessionCreateParams, *, idempotency_key: str
+    ) -> objects.Checkout:
+        """Make a page where the customer pays."""
+        sessions = self._client.v1.checkout.sessions
+        options: stripe.RequestOptions = {"idempotency_key": idempotency_key}
+        return objects.read_checkout(await self._read(lambda: sessions.create_async(params, options)))
+
+    async def get_checkout(self, session_id: str) -> objects.Checkout:
+        """Return a checkout session."""
+        sessions = self._client.v1.checkout.sessions
+        return objects.read_checkout(await self._read(lambda: sessions.retrieve_async(session_id)))
+
+    async def create_portal(self, customer_id: str, return_url: str) -> str:
+        """Return the address of a page where the customer changes cards and plan, and finds invoices."""
+        params: stripe.params.billing_portal.SessionCreateParams = {"customer": customer_id, "return_url": return_url}
+        sessions = self._client.v1.billing_portal.sessions
+        return (await self._read(lambda: sessions.create_async(params)))["url"]
+
+    async def create_payment(
+        self, params: stripe.params.PaymentIntentCreateParams, *, idempotency_key: str
+    ) -> objects.Payment:
+        """Charge a card while its owner is not there."""
+        options: stripe.RequestOptions = {"idempotency_key": idempotency_key}
+        intents = self._client.v1.payment_intents
+        return objects.read_payment(await self._read(lambda: intents.create_async(params, options)))
+
+    async def get_payment(self, payment_intent_id: str) -> objects.Payment:
+        """Return a payment intent."""
+        intents = self._client.v1.payment_intents
+        return objects.read_payment(await self._read(lambda: intents.retrieve_async(payment_intent_id)))
+
+    # Subscriptions and invoices.
+
+    async def get_subscription(self, subscription_id: str) -> objects.Subscription:
+        """Return a subscription as it is now."""
+        found = await self._read(lambda: self._client.v1.subscriptions.retrieve_async(subscription_id))
+        return objects.read_subscription(found)
+
+    async def list_subscriptions(self, customer_id: str) -> list[objects.Subscription]:
+        """Return all subscriptions of a customer, ended ones too; the newest hundred."""
+        params: stripe.params.SubscriptionListParams = {"customer": customer_id, "status": "all", "limit": _PAGE}
+        found = await self._read(lambda: self._client.v1.subscriptions.list_async(params))
+        return [objects.read_subscription(one) for one in found["data"]]
+
+    async def update_subscription(
+        self, subscription_id: str, params: stripe.params.SubscriptionUpdateParams
+    ) -> objects.Subscription:
+        """Change a subscription."""
+        subscriptions = self._client.v1.subscriptions
+        return objects.read_subscription(await self._read(lambda: subscriptions.update_async(subscription_id, params)))
+
+    async def cancel_subscription(self, subscription_id: str) -> objects.Subscription:
+        """End a subscription now, with an invoice for what was used."""
+        params: stripe.params.SubscriptionCancelParams = {"invoice_now": True, "prorate": True}
+        subscriptions = self._client.v1.subscriptions
+        return objects.read_subscription(await self._read(lambda: subscriptions.cancel_async(subscription_id, params)))
+
+    async def get_invoice(self, invoice_id: str) -> objects.Invoice:
+        """Return an invoice with all of its lines."""
+        found = await self._read(lambda: self._client.v1.invoices.retrieve_async(invoice_id))
+        invoice = objects.read_invoice(found)
+        if not invoice.has_more_lines:
+            return invoice
+        lines = [objects.read_line(line) async for line in self._pages(self._lines_of(invoice_id))]
+        return msgspec.structs.replace(invoice, lines=tuple(lines), has_more_lines=False)
+
+    def _lines_of(self, invoice_id: str) -> _Lister:
+        service = self._client.v1.invoices.line_items
+        return lambda page: service.list_async(invoice_id, cast("Any", page))
+
+    async def list_invoices(self, customer_id: str, since: datetime) -> list[objects.Invoice]:
+        """Return a customer's invoices that were made since then, newest first."""
+        params = {"customer": customer_id, "created": {"gte": int(since.timestamp())}}
+        service = self._client.v1.invoices
+        pages = self._pages(lambda page: service.list_async(cast("Any", {**params, **page})))
+        return [objects.read_invoice(one) async for one in pages]
+
+    # Meters.
+
+    async def send_meter_event(self, event: MeterEvent) -> None:
+        """Tell Stripe of usage. Errors: StripeRefused with `is_duplicate` where it was told before."""
+        params: stripe.params.billing.MeterEventCreateParams = {
+            "event_name": event.event_name,
+            "identifier": event.identifier,
+            "payload": event.payload(),
+            "timestamp": int(event.occurred_at.timestamp()),
+        }
+        await self._call(lambda: self._client.v1.billing.meter_events.create_async(params))
+
+    async def stream_meter_events(self, events: Sequence[MeterEvent]) -> None:
+        """Tell Stripe of the usage of many, who are checked and counted later. STREAM_EVENTS_MAX of them at most."""
+        client = await self._streaming()
+        batch: list[MeterEventStreamCreateParamsEvent] = [
+            {
+                "event_name": event.event_name,
+                "identifier": event.identifier,
+                "payload": event.payload(),
+                "timestamp": event.occurred_at.isoformat(),
+            }
+            for event in events
+        ]
+        try:
+            await self._call(lambda: client.v2.billing.meter_event_stream.create_async({"events": batch}))
+        except StripeKeyRejected:
+            self._stream = None  # the session's 15 minutes are over: the next call opens another
+            raise StripeThrottled("the session has expired", is_lock=False) from None
+
+    async def _streaming(self) -> stripe.StripeClient:
+        now = self._clock.monotonic_seconds()
+        if self._stream is None or self._stream[0] <= now:
+            session = await self._read(self._client.v2.billing.meter_event_session.create_async)
+            # Valid for 15 minutes: left earlier, so that no batch comes too late.
+            self._stream = (now + 12 * 60, self._open(session["authentication_token"]))
+        return self._stream[1]
+
+    async def hourly_sums(
+        self, meter_id: str, customer_id: str, starts_at: datetime, ends_at: datetime
+    ) -> dict[datetime, int]:
+        """Return what a meter counted of a customer by hour; both ends are whole hours. Hours of nothing may lack."""
+        params = {
+            "customer": customer_id,
+            "start_time": int(starts_at.timestamp()),
+            "end_time": int(ends_at.timestamp()),
+            "value_grouping_window": "hour",
+        }
+        service = self._client.v1.billing.meters.event_summaries
+        pages = self._pages(lambda page: service.list_async(meter_id, cast("Any", {**params, **page})))
+        return {
+            datetime.fromtimestamp(one["start_time"], starts_at.tzinfo): int(one["aggregated_value"])
+            async for one in pages
+        }
+
+    async def meter_errors(self, event_id: str) -> MeterErrors:
+        """Return what a thin event about a meter says: it names the meter only, and the rest is fetched."""
+        found = await self._read(lambda: self._client.v2.core.events.retrieve_async(event_id))
+        report = cast("objects.Json", found["data"])
+        kinds = cast("list[objects.Json]", report["reason"]["error_types"])
+        related = cast("objects.Json", found.get("related_object") or {})
+        return MeterErrors(
+            meter_id=related.get("id", ""),
+            codes=tuple(kind["code"] for kind in kinds),
+            starts_at=_moment(report["validation_start"]),
+            ends_at=_moment(report["validation_end"]),
+        )
+
+    # What happened, and what is for sale.
+
+    async def list_events(self, since: datetime, kinds: Sequence[str]) -> AsyncGenerator[objects.Event]:
+        """Yield the events of these kinds since then, newest first. Stripe keeps 30 days of them."""
+        service = self._client.v1.events
+        params = {"created": {"gte": int(since.timestamp())}, "types": list(kinds)}
+        async for one in self._pages(lambda page: service.list_async(cast("Any", {**params, **page}))):
+            yield objects.read_event(one)
+
+    async def list_catalog(self, kind: str) -> list[objects.Json]:
+        """Return all `products`, active `prices` or `meters` of the account."""
+        listers: dict[str, _Lister] = {
+            "products": lambda page: self._client.v1.products.list_async(cast("Any", {"active": True, **page})),
+            "prices": lambda page: self._client.v1.prices.list_async(cast("Any", {"active": True, **page})),
+            "meters": lambda page: self._client.v1.billing.meters.list_async(cast("Any", page)),
+        }
+        return [one async for one in self._pages(listers[kind])]
+
+    async def add_to_catalog(self, kind: str, params: Mapping[str, Any], *, idempotency_key: str) -> objects.Json:
+        """Make one of `products`, `prices` or `meters`. Prices and meters do not change: others take their place."""
+        makers: dict[str, Callable[..., Awaitable[Any]]] = {
+            "products": self._client.v1.products.create_async,
+            "prices": self._client.v1.prices.create_async,
+            "meters": self._client.v1.billing.meters.create_async,
+        }
+        return await self._read(lambda: makers[kind](params, {"idempotency_key": idempotency_key}))
+
+    async def rename_product(self, product_id: str, name: str) -> None:
+        """Give a product another name; it is what invoices show."""
+        await self._call(lambda: self._client.v1.products.update_async(product_id, {"name": name}))
+
+    async def _pages(self, lister: _Lister) -> AsyncGenerator[objects.Json]:
+        """Yield the objects of a list, page by page."""
+        page: dict[str, Any] = {"limit": _PAGE}
+        while True:
+            found = await self._read(lambda page=page: lister(page))
+            for one in found["data"]:
+                yield one
+            if not found.get("has_more") or not found["data"]:
+                return
+            page = {"limit": _PAGE, "starting_after": found["data"][-1]["id"]}
+
+
+_Lister = Callable[[dict[str, Any]], Awaitable["stripe.ListObject[Any]"]]
+
+
+@contextmanager
+def _translated() -> Generator[None]:
+    """Turn the package's errors into ours."""
+    try:
+        yield
+    except stripe.RateLimitError as error:
+        raise StripeThrottled(str(error), is_lock=_code_of(error) == "lock_timeout") from error
+    except (stripe.AuthenticationError, stripe.PermissionError) as error:
+        raise StripeKeyRejected(type(error).__name__) from error
+    except stripe.StripeError as error:
+        status = error.http_status or 0
+        if 400 <= status < 500 and status != 409:
+            param = getattr(error, "param", None)
+            raise StripeRefused(str(error), code=_code_of(error), param=param, status=status) from error
+        # 409: another request with the same idempotency key is still at work, so that the outcome is open.
+        raise StripeOutcomeUnknown(f"{type(error).__name__} {status}") from error
+
+
+def is_signed(body: bytes, header: str, secrets: Sequence[str]) -> bool:
+    """Tell whether Stripe signed *body*, just as it came, with one of *secrets* within the last five minutes."""
+    for secret in secrets:
+        try:
+            # An empty secret would verify what anybody signs with nothing.
+            if secret and cast("Any", stripe.WebhookSignature).verify_header(
+                body, header, secret, tolerance=_TOLERANCE_SECONDS
+            ):
+                return True
+        except (stripe.SignatureVerificationError, ValueError):
+            continue
+    return False
+
+
+def _code_of(error: stripe.StripeError) -> str | None:
+    body = cast("dict[str, Any]", error.json_body or {})
+    described = body.get("error")
+    return cast("dict[str, Any]", described).get("code") if isinstance(described, dict) else error.code
+
+
+def _moment(value: Any) -> datetime:
+    return value if isinstance(value, datetime) else datetime.fromisoformat(value)

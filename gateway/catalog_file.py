@@ -1,10 +1,10 @@
-"""aap.toml as the gateway uses it: the catalog and the default limits, replaced together or not at all."""
+"""aap.toml as the gateway uses it: catalog, default limits and plans, replaced together or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
@@ -12,9 +12,18 @@ import structlog
 from core.configuration import ConfigurationFile, ConfigurationInvalid, Tables, unknown_names
 from inference.catalog import Catalog, build
 from keys.limits import DefaultLimits
+from metering.billing.plans import Plans, build_plans
 
-_TABLES: Final = ("providers", "models", "limits")
+_TABLES: Final = ("providers", "models", "limits", "plans", "billing")
 _log = structlog.get_logger(__name__)
+
+
+class Parsed(NamedTuple):
+    """What the file describes."""
+
+    catalog: Catalog
+    limits: DefaultLimits
+    plans: Plans
 
 
 class CatalogFile:
@@ -23,14 +32,14 @@ class CatalogFile:
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         self._file = ConfigurationFile(path)
         self._environ = environ
-        self.catalog, self.limits = parse(self._file.read(), environ)
+        self.catalog, self.limits, self.plans = parse(self._file.read(), environ)
 
     def reload_if_changed(self) -> bool:
         """Take over a changed file; tell whether that was done. A faulty file changes nothing and is logged."""
         if not self._file.has_changed():
             return False
         try:
-            self.catalog, self.limits = parse(self._file.read(), self._environ)
+            self.catalog, self.limits, self.plans = parse(self._file.read(), self._environ)
         except ConfigurationInvalid as error:
             _log.error("configuration.refused", file=self._file.path.name, problems=error.problems)
             return False
@@ -38,7 +47,7 @@ class CatalogFile:
         return True
 
 
-def parse(tables: Tables, environ: Mapping[str, str]) -> tuple[Catalog, DefaultLimits]:
+def parse(tables: Tables, environ: Mapping[str, str]) -> Parsed:
     """Return what *tables* describe. Errors: ConfigurationInvalid with every problem."""
     problems = unknown_names(tables, _TABLES, "")
     limits = DefaultLimits()
@@ -47,6 +56,11 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> tuple[Catalog, DefaultL
         problems += limits.problems()
     except msgspec.ValidationError as error:
         problems.append(f"limits: {error}")
+    plans = Plans()
+    try:
+        plans = build_plans(tables)
+    except ConfigurationInvalid as error:
+        problems += error.problems
     try:
         catalog = build(tables, environ)
     except ConfigurationInvalid as error:
@@ -55,4 +69,4 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> tuple[Catalog, DefaultL
     problems += unknown_names(limits.model, catalog.models, "limits.model.")
     if problems:
         raise ConfigurationInvalid(problems)
-    return catalog, limits
+    return Parsed(catalog, limits, plans)

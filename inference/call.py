@@ -65,9 +65,9 @@ class Inference:
         """Admit the call and bring it to where its first bytes are known to be good.
 
         No provider is asked, and so no byte goes to the caller, before the call's intent is durable (decision 0015).
-        Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, RateLimitReached, RequestTooLarge,
-        BudgetExhausted, QuotaUnverifiable, PriceUnknown, LedgerUnavailable, UpstreamUnreachable, UpstreamTimedOut,
-        NoDeploymentAvailable, ParameterUnsupported.
+        Errors: BodyInvalid, ModelNotFound, ModelNotAllowed, ScopeMissing, OrganizationSuspended, RateLimitReached,
+        RequestTooLarge, BudgetExhausted, PlanLimitReached, QuotaUnverifiable, PriceUnknown, LedgerUnavailable,
+        UpstreamUnreachable, UpstreamTimedOut, NoDeploymentAvailable, ParameterUnsupported.
         """
         request, model, plan = self._read(exchange, content_type, body)
         output_tokens = min(request.output_tokens, model.output_tokens_max) * request.choices
@@ -90,6 +90,7 @@ class Inference:
         assert principal is not None
         endpoint = exchange.endpoint
         principal.require_scope(endpoint.scope)
+        principal.require_active()
         request = parse(endpoint, content_type, body, _OUTPUT_TOKENS_MAX_UNKNOWN)
         exchange.is_stream = request.is_stream
         model = self._catalog().find(request.model)

@@ -299,4 +299,5 @@ def _principal(secret: KeySecretRow, key: KeyRow, organization: OrganizationRow,
         limits=limits,
         usable_until_seconds=min(ends, default=math.inf),
         disconnect_policy=organization.disconnect_policy,
+        suspended_for=(organization.status_reason or "") if organization.status == "suspended" else None,
     )

@@ -16,7 +16,9 @@ AppError
 ├── NotFound
 │   └── TenantNotFound      no such organization, project or key of yours
 ├── PaymentRequired
-│   └── BudgetExhausted     the most that the call can cost does not fit into a hard budget
+│   ├── BudgetExhausted         the most that the call can cost does not fit into a hard budget
+│   ├── OrganizationSuspended   the whole organization may make no new calls
+│   └── PlanLimitReached        the month's allowance of the organization's plan is used up
 ├── RateLimited
 │   ├── RateLimitReached    a limit on requests, tokens or concurrency
 │   └── TooManyFailures     too many wrong keys from one address
@@ -28,6 +30,7 @@ AppError
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Final
 
 from core.errors import (
     Conflict,
@@ -180,6 +183,43 @@ class BudgetExhausted(PaymentRequired):
         else:
             message = f"You have used up {name}.{until}"
         super().__init__(message, param=f"{scope}.budget.{period}")
+
+
+# What is told of why an organization is suspended, and of what its people can do. Other reasons are the operator's.
+SUSPENSION_REASONS: Final = {
+    "payment_failed": ("a payment has failed", "Pay the open invoice or change the payment method to go on."),
+    "subscription_ended": ("its subscription has ended", "Subscribe to a plan to go on."),
+    "subscription_paused": ("its subscription is paused", "Resume the subscription to go on."),
+}
+_SUSPENDED_BY_OPERATOR: Final = ("the operator of this service has stopped it", "Ask them to resume it.")
+
+
+class OrganizationSuspended(PaymentRequired):
+    """The whole organization may make no new calls. Reading what it used, and paying, works."""
+
+    code = "organization_suspended"
+
+    def __init__(self, reason: str | None) -> None:
+        why, remedy = SUSPENSION_REASONS.get(reason or "", _SUSPENDED_BY_OPERATOR)
+        super().__init__(f"This organization is suspended: {why}. {remedy}")
+
+
+class PlanLimitReached(PaymentRequired):
+    """The month's allowance of the plan has no room for the call; no retry helps before it is renewed."""
+
+    code = "plan_limit_reached"
+
+    def __init__(self, unit: str, limit: int, left: int, needed: int, renews_at: datetime) -> None:
+        words = unit.replace("_", " ")
+        renewed = f"It is renewed at {renews_at:%Y-%m-%dT%H:%M:%SZ}; a larger plan takes effect at once."
+        if left > 0:
+            message = (
+                f"This request may take up to {needed} {words}, and your plan has {left} of {limit} left this month. "
+                f"Shorten it, or set a smaller max_completion_tokens. {renewed}"
+            )
+        else:
+            message = f"You have used up your plan's limit of {limit} {words} a month. {renewed}"
+        super().__init__(message, param=f"organization.plan.{unit}_per_month")
 
 
 class BudgetInvalid(Invalid):

@@ -7,7 +7,7 @@ import ipaddress
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Network
 from keys.budgets import Budget
-from keys.errors import AddressNotAllowed, ModelNotAllowed, ScopeMissing
+from keys.errors import AddressNotAllowed, ModelNotAllowed, OrganizationSuspended, ScopeMissing
 from keys.limits import QuotaPlan, RateLimits
 
 _PLANS_PER_PRINCIPAL_MAX = 256
@@ -63,6 +63,7 @@ class Principal:
         "plans",
         "project_id",
         "secret_id",
+        "suspended_for",
         "usable_until_seconds",
     )
 
@@ -74,12 +75,15 @@ class Principal:
         limits: Limits,
         usable_until_seconds: float,
         disconnect_policy: str,
+        suspended_for: str | None = None,
     ) -> None:
         self.organization_id, self.project_id, self.key_id, self.secret_id = ids
         self.grants = grants
         self.limits = limits
         self.usable_until_seconds = usable_until_seconds
         self.disconnect_policy = disconnect_policy
+        self.suspended_for = suspended_for
+        """Why the organization is suspended; None while it is not."""
         self.plans: dict[str, QuotaPlan] = {}
 
     def plan_for(self, model: str) -> QuotaPlan:
@@ -102,6 +106,11 @@ class Principal:
         """Return if the key has *scope*. Errors: ScopeMissing."""
         if scope not in self.grants.scopes:
             raise ScopeMissing(scope)
+
+    def require_active(self) -> None:
+        """Return if the organization may begin something new. Errors: OrganizationSuspended."""
+        if self.suspended_for is not None:
+            raise OrganizationSuspended(self.suspended_for)
 
     def may_use_model(self, model: str) -> bool:
         """Tell whether the key's allow-list (if it has one) names *model*, after aliases were resolved."""

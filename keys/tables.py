@@ -22,6 +22,12 @@ class OrganizationRow(Table):
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
     name: Mapped[str] = mapped_column(Text)
     disconnect_policy: Mapped[str] = mapped_column(String(8), server_default="drain")
+    plan: Mapped[str | None] = mapped_column(String(40, collation="C"))
+    """A name of `[plans]` in aap.toml. NULL: nothing but limits and budgets holds, as for the operator's own."""
+    status: Mapped[str] = mapped_column(String(16), server_default="active")
+    """active | suspended"""
+    status_reason: Mapped[str | None] = mapped_column(Text)
+    """A name of `keys.errors.SUSPENSION_REASONS`, or what the operator wrote, which only operators are shown."""
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
 
 

@@ -11,9 +11,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, ProjectId, new_id
 from keys.errors import TenantNotFound
+from keys.lifecycle import record_change
 from keys.tables import OrganizationRow, ProjectRow
 
 DisconnectPolicy = Literal["drain", "abort"]
+OrganizationStatus = Literal["active", "suspended"]
 
 
 class Organization(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +24,9 @@ class Organization(msgspec.Struct, frozen=True, kw_only=True):
     id: OrganizationId
     name: str
     disconnect_policy: str
+    plan: str | None
+    status: str
+    status_reason: str | None
     created_at: datetime
 
 
@@ -35,13 +40,44 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def create_organization(
-    session: AsyncSession, name: str, *, disconnect_policy: DisconnectPolicy = "drain"
+    session: AsyncSession, name: str, *, disconnect_policy: DisconnectPolicy = "drain", plan: str | None = None
 ) -> Organization:
-    """Add an organization."""
-    row = OrganizationRow(id=new_id("org"), name=name, disconnect_policy=disconnect_policy)
+    """Add an organization. That there is such a plan is the caller's to know."""
+    row = OrganizationRow(id=new_id("org"), name=name, disconnect_policy=disconnect_policy, plan=plan)
     session.add(row)
     await session.flush()
     await session.refresh(row)
+    return _organization(row)
+
+
+async def set_plan(session: AsyncSession, plan: str | None, *, organization_id: OrganizationId) -> int:
+    """Give an organization another plan, or (None) none; return the change's sequence.
+
+    What was used this month counts in the new plan too. That there is such a plan is the caller's to know.
+    Errors: TenantNotFound.
+    """
+    row = await _organization_row(session, organization_id)
+    row.plan = plan
+    return await record_change(session, None, organization_id=organization_id)
+
+
+async def set_status(
+    session: AsyncSession, status: OrganizationStatus, reason: str | None = None, *, organization_id: OrganizationId
+) -> int:
+    """Suspend an organization, or let it go on; return the change's sequence. Running calls finish, and are metered.
+
+    *reason* is a name of `keys.errors.SUSPENSION_REASONS`, or a note of the operator's. Errors: TenantNotFound.
+    """
+    row = await _organization_row(session, organization_id)
+    row.status, row.status_reason = status, reason
+    return await record_change(session, None, organization_id=organization_id)
+
+
+async def get_organization(session: AsyncSession, *, organization_id: OrganizationId) -> Organization:
+    """Return one organization. Errors: TenantNotFound."""
+    row = await session.get(OrganizationRow, organization_id)
+    if row is None:
+        raise TenantNotFound("organization")
     return _organization(row)
 
 
@@ -78,11 +114,22 @@ async def only_organization(session: AsyncSession) -> Organization:
     return found[0]
 
 
+async def _organization_row(session: AsyncSession, organization_id: OrganizationId) -> OrganizationRow:
+    # NO KEY UPDATE: rows that refer to the organization, such as new keys, need not wait.
+    row = await session.get(OrganizationRow, organization_id, with_for_update={"key_share": True})
+    if row is None:
+        raise TenantNotFound("organization")
+    return row
+
+
 def _organization(row: OrganizationRow) -> Organization:
     return Organization(
         id=OrganizationId(row.id),
         name=row.name,
         disconnect_policy=row.disconnect_policy,
+        plan=row.plan,
+        status=row.status,
+        status_reason=row.status_reason,
         created_at=row.created_at,
     )
 

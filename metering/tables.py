@@ -237,3 +237,19 @@ class BudgetEventRow(Table):
     spent_nano_usd: Mapped[int] = mapped_column(BigInteger)
     limit_nano_usd: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
+
+
+class AllowanceEventRow(Table):
+    """A threshold that the use of a plan's allowance has crossed, once a month: for a mail."""
+
+    __tablename__ = "allowance_events"
+
+    organization_id: Mapped[str] = mapped_column(_ID, primary_key=True)
+    unit: Mapped[str] = mapped_column(_NAME, primary_key=True)
+    """chat_requests | tokens | workflow_executions"""
+    starts_at: Mapped[datetime] = mapped_column(_WHEN, primary_key=True)
+    """When the month began, in UTC."""
+    threshold_percent: Mapped[int] = mapped_column(SmallInteger, primary_key=True)
+    used: Mapped[int] = mapped_column(BigInteger)
+    limit: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())

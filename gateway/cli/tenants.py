@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from gateway.cli.common import json_option, org_option, show
+from gateway.cli.common import confirmed, json_option, org_option, print_json, require_confirmed, show
 
-_ORGANIZATION_COLUMNS = ("id", "name", "disconnect_policy", "created_at")
+_ORGANIZATION_COLUMNS = ("id", "name", "plan", "status", "status_reason", "disconnect_policy", "created_at")
 _PROJECT_COLUMNS = ("id", "organization_id", "name", "created_at")
 
 
 @click.group()
 def orgs_command() -> None:
-    """Create and list organizations."""
+    """Create and list organizations, give them plans, suspend and resume them."""
 
 
 @orgs_command.command("create")
@@ -26,12 +26,13 @@ def orgs_command() -> None:
     show_default=True,
     help="When a caller hangs up: read the provider's answer to its end, or stop it.",
 )
+@click.option("--plan", help="A plan of aap.toml, or none. Default: default_plan of [billing], if there is one.")
 @json_option
-def create_org(name: str, disconnect_policy: Literal["drain", "abort"], as_json: bool) -> None:
+def create_org(name: str, disconnect_policy: Literal["drain", "abort"], plan: str | None, as_json: bool) -> None:
     """Create an organization."""
     from gateway.cli import tenant_acts
 
-    made = tenant_acts.create_organization(name, disconnect_policy)
+    made = tenant_acts.create_organization(name, disconnect_policy, plan)
     show([made], _ORGANIZATION_COLUMNS, as_json=as_json, empty="")
 
 
@@ -43,6 +44,49 @@ def list_orgs(as_json: bool) -> None:
 
     found = tenant_acts.list_organizations()
     show(found, _ORGANIZATION_COLUMNS, as_json=as_json, empty="There is no organization yet.")
+
+
+@orgs_command.command("set-plan")
+@click.argument("org")
+@click.argument("plan")
+@json_option
+def set_plan(org: str, plan: str, as_json: bool) -> None:
+    """Give an organization another plan of aap.toml, or none.
+
+    What it has used this month counts in the new plan. Every gateway knows within a second; exit code 1 when one has
+    not confirmed it in time.
+    """
+    from gateway.cli import tenant_acts
+
+    _print_changed(tenant_acts.set_plan(org, plan), as_json=as_json)
+
+
+@orgs_command.command("suspend")
+@click.argument("org")
+@click.option(
+    "--reason",
+    help="payment_failed, subscription_ended or subscription_paused, which callers are told in words; or a note of "
+    "yours, which they are not.",
+)
+@json_option
+def suspend_org(org: str, reason: str | None, as_json: bool) -> None:
+    """Refuse an organization's new calls. Running ones finish and are metered; what it used can still be read.
+
+    Every gateway knows within a second; exit code 1 when one has not confirmed it in time.
+    """
+    from gateway.cli import tenant_acts
+
+    _print_changed(tenant_acts.set_status(org, "suspended", reason), as_json=as_json)
+
+
+@orgs_command.command("resume")
+@click.argument("org")
+@json_option
+def resume_org(org: str, as_json: bool) -> None:
+    """Admit a suspended organization's calls again."""
+    from gateway.cli import tenant_acts
+
+    _print_changed(tenant_acts.set_status(org, "active", None), as_json=as_json)
 
 
 @click.group()
@@ -69,3 +113,12 @@ def list_projects(org: str | None, as_json: bool) -> None:
     from gateway.cli import tenant_acts
 
     show(tenant_acts.list_projects(org), _PROJECT_COLUMNS, as_json=as_json, empty="There is no project yet.")
+
+
+def _print_changed(changed: Any, *, as_json: bool) -> None:
+    if as_json:
+        print_json(changed)
+    else:
+        show([changed], _ORGANIZATION_COLUMNS, as_json=False, empty="")
+        click.echo(f"{confirmed(changed.propagation)}.")
+    require_confirmed(changed.propagation)

@@ -159,7 +159,7 @@ class TestProblems:
         assert unknown_names(["zzz", "known"], ["known"], "at.") == ["at.zzz: unknown"]
 
     def test_limits_left_out_are_the_defaults(self) -> None:
-        _, limits = parse({}, {})
+        _, limits, _ = parse({}, {})
         assert limits.organization == DEFAULT_ORGANIZATION_LIMITS
         assert limits.key == limits.project == RateLimits()
 

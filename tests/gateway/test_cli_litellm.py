@@ -9,11 +9,9 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from gateway.catalog_file import parse
+from gateway.catalog_file import Parsed, parse
 from gateway.cli import aap as commands
 from gateway.cli.litellm_import import Report, convert, read_litellm
-from inference.catalog import Catalog
-from keys.limits import DefaultLimits
 
 
 def converted(*entries: object, **more: object) -> Report:
@@ -24,7 +22,7 @@ def entry(model: str, name: str = "m", **params: object) -> dict[str, object]:
     return {"model_name": name, "litellm_params": {"model": model, **params}}
 
 
-def loaded(report: Report) -> tuple[Catalog, DefaultLimits]:
+def loaded(report: Report) -> Parsed:
     """What the gateway makes of it, with each variable set to its own name."""
     return parse(tomllib.loads(report.toml), {name: name for name in report.variables})
 
@@ -40,7 +38,7 @@ class TestImportLitellm:
         )
         assert (report.models, report.ignored) == (2, [])
         assert report.variables == ["AZURE_KEY", "OPENAI_KEY", "ROUTER_KEY"]
-        catalog, limits = parse(tomllib.loads(report.toml), dict.fromkeys(report.variables, "x"))
+        catalog, limits, _ = parse(tomllib.loads(report.toml), dict.fromkeys(report.variables, "x"))
         first, second = catalog.models["gpt"].deployments
         assert (first.model, first.weight, first.provider.settings.kind) == ("gpt-4o", 2, "openai")
         assert (second.model, second.deadlines.first_byte_seconds) == ("deployed", 30)
@@ -61,13 +59,13 @@ class TestImportLitellm:
             entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="sk-2"), entry("openai/c", api_key="sk-1")
         )
         assert len(report.variables) == 2
-        catalog, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
+        catalog, _, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
         a, b, c = (deployment.provider for deployment in catalog.models["m"].deployments)
         assert a.api_key == c.api_key != b.api_key
 
     def test_a_variable_that_the_file_names_is_not_taken_for_an_inline_secret(self) -> None:
         report = converted(entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="os.environ/OPENAI_API_KEY"))
-        catalog, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
+        catalog, _, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
         a, b = (deployment.provider.api_key for deployment in catalog.models["m"].deployments)
         assert a != b == "OPENAI_API_KEY"
 
@@ -107,7 +105,7 @@ class TestImportLitellm:
             entry("openai/b", rpm=20, api_key="os.environ/B"),
             entry("openai/c", "other", rpm=1),
         )
-        _, limits = loaded(report)
+        limits = loaded(report).limits
         assert (limits.model["m"].requests_per_minute, limits.model["m"].tokens_per_minute) == (30, 100)
         assert limits.model["other"].requests_per_minute == 1
         assert report.notes == ["m: only 1 of its 2 deployments have tpm; tokens_per_minute is what these allow"]

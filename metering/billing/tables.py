@@ -186,7 +186,7 @@ class MeterReportRow(Table):
     """What the wallet paid of the same usage, in the meter's unit; Stripe is not told of it."""
     identifier: Mapped[str] = mapped_column(String(100, collation="C"), unique=True)
     state: Mapped[str] = mapped_column(_WORD)
-    """new | sent (outcome open) | unknown (too old to resend) | acked | reconciled | refused | settled (by the wallet)"""
+    """new | sent (outcome open) | unknown (too old to resend) | acked | checked | refused | settled (by the wallet)"""
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     first_sent_at: Mapped[datetime | None] = mapped_column(_WHEN)
     last_sent_at: Mapped[datetime | None] = mapped_column(_WHEN)

@@ -1,0 +1,165 @@
+"""Telling Stripe of usage: every report once, whatever breaks on the way.
+
+Whoever holds the lease on a cursor is the only one who plans and sends for that organization and meter, one report
+after the other: Stripe takes one at a time of a customer and meter. A report is marked as sent before it is, and sent
+again under the same identifier until Stripe has answered; that it knows it already is an answer. Stripe keeps
+identifiers for a day, so that what is still open after 23 hours is never sent again: `reconcile` looks what became of
+it. Stripe down: reports wait in the outbox. PostgreSQL down: nothing is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from core.clock import Clock
+from core.database import Database
+from core.ids import OrganizationId, new_id
+from metering.billing.errors import StripeFailed, StripeOutcomeUnknown, StripeRefused, StripeThrottled
+from metering.billing.outbox import Batch, Outcome, Told, claim, count_due, prepare, record
+from metering.billing.stripe_api import STREAM_EVENTS_MAX, MeterEvent, StripeApi
+
+_AT_ONCE: Final = 16
+_CLAIMED: Final = 64
+_log = structlog.get_logger(__name__)
+
+
+class Exported(msgspec.Struct, kw_only=True):
+    """How far a round has come."""
+
+    turns: int = 0
+    acked: int = 0
+    open: int = 0
+    refused: int = 0
+    due: int = 0
+    """How many organizations and meters waited when it began."""
+    problem: str | None = None
+
+
+Progress = Callable[[Exported], None]
+
+
+class Exporter:
+    """Sends what is due. Several may work at once, in one process or many: leases keep them apart."""
+
+    def __init__(self, database: Database, api: StripeApi, clock: Clock, *, stream_above: int) -> None:
+        """From *stream_above* due cursors on, reports go by the meter event stream, many in a request."""
+        self._database = database
+        self._api = api
+        self._clock = clock
+        self._stream_above = stream_above
+        self._worker = new_id("wrk")
+
+    async def round(self, progress: Progress | None = None) -> Exported:
+        """Send until nothing is due, or until Stripe has trouble. Errors: those of `core.database.DOWN`."""
+        exported = Exported()
+        async with self._database.transaction() as session:
+            exported.due = await count_due(session, self._clock.now())
+        is_streamed = exported.due > self._stream_above
+        while exported.problem is None:
+            async with self._database.transaction() as session:
+                claimed = await claim(session, self._worker, self._clock.now(), limit=_CLAIMED)
+            if not claimed:
+                break
+            batches = await self._prepared(claimed)
+            told = await (self._streamed(batches) if is_streamed else self._sent(batches))
+            await self._recorded(batches, told, exported)
+            if progress is not None:
+                progress(exported)
+        return exported
+
+    async def _prepared(self, claimed: Sequence[tuple[OrganizationId, str]]) -> list[Batch]:
+        batches: list[Batch] = []
+        for organization_id, meter in claimed:
+            async with self._database.transaction() as session:
+                batch = await prepare(
+                    session, self._worker, self._clock.now(), meter=meter, organization_id=organization_id
+                )
+            if batch is not None:
+                batches.append(batch)
+        return batches
+
+    async def _sent(self, batches: Sequence[Batch]) -> list[Told]:
+        """Send batches side by side, and the reports of each one after the other."""
+        places = asyncio.Semaphore(_AT_ONCE)
+
+        async def send(batch: Batch) -> Told:
+            async with places:
+                return await self._send(batch)
+
+        return await asyncio.gather(*(send(batch) for batch in batches))
+
+    async def _send(self, batch: Batch) -> Told:
+        told = Told(outcomes={})
+        for report_id, event in batch.reports:
+            if self._clock.now() >= batch.send_before:
+                told.failure = "the lease is about to end"
+                break
+            told.outcomes[report_id] = await self._tell(event, told)
+            if told.outcomes[report_id] == "refused":
+                told.refusal = (report_id, told.refusal_code or "refused")
+                _log.error("meter_report.refused", organization_id=batch.organization_id, code=told.refusal_code)
+            if told.outcomes[report_id] != "acked":
+                break
+        return told
+
+    async def _tell(self, event: MeterEvent, told: Told) -> Outcome:
+        """Send one event; return what came of it, and note in *told* why it was not taken."""
+        try:
+            await self._api.send_meter_event(event)
+        except StripeRefused as error:
+            if error.is_duplicate:
+                return "acked"
+            told.refusal_code = error.code
+            return "refused"
+        except StripeOutcomeUnknown as error:
+            told.failure, told.is_stripes = str(error), True
+            return "open"
+        except StripeThrottled as error:
+            told.failure, told.is_stripes = str(error), not error.is_lock
+            return "not sent"
+        except StripeFailed as error:
+            told.failure, told.is_stripes = f"{type(error).__name__}: {error}", True
+            return "not sent"
+        return "acked"
+
+    async def _streamed(self, batches: Sequence[Batch]) -> list[Told]:
+        """Send the reports of all batches a hundred at a time: Stripe looks at each of them later."""
+        told = [Told(outcomes={}) for _ in batches]
+        events = [(index, *report) for index, batch in enumerate(batches) for report in batch.reports]
+        for start in range(0, len(events), STREAM_EVENTS_MAX):
+            chunk = events[start : start + STREAM_EVENTS_MAX]
+            failure: str | None = None
+            outcome: Outcome = "acked"
+            try:
+                await self._api.stream_meter_events([event for _, _, event in chunk])
+            except StripeOutcomeUnknown as error:
+                failure, outcome = str(error), "open"
+            except StripeFailed as error:
+                failure, outcome = f"{type(error).__name__}: {error}", "not sent"
+            for index, report_id, _ in chunk:
+                told[index].outcomes[report_id] = outcome
+                told[index].failure = told[index].failure or failure
+                told[index].is_stripes = failure is not None
+            if failure is not None:
+                for index, _, _ in events[start + STREAM_EVENTS_MAX :]:
+                    told[index].failure = failure
+                break
+        return told
+
+    async def _recorded(self, batches: Sequence[Batch], told: Sequence[Told], exported: Exported) -> None:
+        for batch, one in zip(batches, told, strict=True):
+            async with self._database.transaction() as session:
+                await record(session, self._worker, batch, one, self._clock.now())
+            exported.turns += 1
+            for outcome in one.outcomes.values():
+                exported.acked += outcome == "acked"
+                exported.open += outcome == "open"
+                exported.refused += outcome == "refused"
+            if one.failure is not None:
+                exported.problem = one.failure if one.is_stripes else exported.problem
+                _log.warning("meter_reports.wait", organization_id=batch.organization_id, reason=one.failure)

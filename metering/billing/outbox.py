@@ -1,0 +1,246 @@
+"""The outbox's rows: who may send for whom, what is to be sent, and what came of it. No network here."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final, Literal
+
+import msgspec
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import OrganizationId
+from metering.billing.meters import METERS
+from metering.billing.planning import plan_reports
+from metering.billing.stripe_api import MeterEvent
+from metering.billing.tables import BillingCustomerRow, MeterCursorRow, MeterReportRow, MeterWindowRow
+from metering.billing.windows import PAST_MAX, until_next_hour
+
+RESEND_MAX: Final = timedelta(hours=23)
+"""Stripe knows an identifier for 24 hours at least: an hour is left for clocks that differ and what is on its way."""
+LEASE: Final = timedelta(minutes=2)
+REPORTS_AT_ONCE: Final = 100
+_OPEN: Final = ("new", "sent")
+_BACK_OFF_MAX: Final = timedelta(minutes=5)
+_SPREAD_SECONDS: Final = 180
+_PAST_CODES: Final = frozenset({"timestamp_too_far_in_past", "meter_event_timestamp_too_far_in_past"})
+
+Outcome = Literal["acked", "open", "not sent", "refused"]
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """The reports of one organization and meter that are to be sent now, in order."""
+
+    organization_id: OrganizationId
+    meter: str
+    reports: tuple[tuple[str, MeterEvent], ...]
+    has_more: bool
+    send_before: datetime
+    """A process that stood still finds its lease another's, and its reports older than they may be."""
+
+
+class Told(msgspec.Struct, kw_only=True):
+    """What came of a batch: by report what Stripe said, and why the rest waits."""
+
+    outcomes: dict[str, Outcome] = {}
+    refusal: tuple[str, str] | None = None
+    """Which report was refused, and Stripe's code for why."""
+    refusal_code: str | None = None
+    failure: str | None = None
+    is_stripes: bool = False
+    """Whether the failure is all of Stripe's, and no other batch would fare better."""
+
+
+async def claim(session: AsyncSession, worker: str, now: datetime, *, limit: int) -> list[tuple[OrganizationId, str]]:
+    """Lease cursors that are due to *worker*; those of others stay theirs until their lease ends."""
+    due = (
+        select(MeterCursorRow.organization_id, MeterCursorRow.meter)
+        .where(
+            MeterCursorRow.next_at <= now,
+            MeterCursorRow.parked_for.is_(None),
+            or_(MeterCursorRow.leased_until.is_(None), MeterCursorRow.leased_until < now),
+        )
+        .order_by(MeterCursorRow.next_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    rows = await session.execute(
+        update(MeterCursorRow)
+        .where(MeterCursorRow.organization_id == due.c.organization_id, MeterCursorRow.meter == due.c.meter)
+        .values(leased_until=now + LEASE, leased_by=worker)
+        .returning(MeterCursorRow.organization_id, MeterCursorRow.meter)
+    )
+    return [(OrganizationId(organization_id), meter) for organization_id, meter in rows]
+
+
+async def count_due(session: AsyncSession, now: datetime) -> int:
+    """Return how many cursors wait for their turn."""
+    statement = select(func.count()).where(MeterCursorRow.next_at <= now, MeterCursorRow.parked_for.is_(None))
+    return await session.scalar(statement) or 0
+
+
+async def prepare(
+    session: AsyncSession, worker: str, now: datetime, *, meter: str, organization_id: OrganizationId
+) -> Batch | None:
+    """Plan what is not planned, mark what is to be sent as sent, and return it. None: the lease is another's now.
+
+    What may be older at Stripe than it knows identifiers is not sent any more, and waits for `reconcile`.
+    """
+    cursor = await _held(session, worker, meter=meter, organization_id=organization_id)
+    if cursor is None:
+        return None
+    cursor.leased_until = now + LEASE
+    planned = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
+    own = (MeterReportRow.organization_id == organization_id, MeterReportRow.meter == meter)
+    await session.execute(
+        update(MeterReportRow)
+        .where(*own, MeterReportRow.state == "sent", MeterReportRow.first_sent_at <= now - RESEND_MAX)
+        .values(state="unknown")
+    )
+    rows = list(
+        await session.scalars(
+            select(MeterReportRow)
+            .where(*own, MeterReportRow.state.in_(_OPEN))
+            .order_by(MeterReportRow.window_starts_at, MeterReportRow.revision)
+            .limit(REPORTS_AT_ONCE)
+        )
+    )
+    customer_id = await session.scalar(
+        select(BillingCustomerRow.stripe_customer_id).where(BillingCustomerRow.organization_id == organization_id)
+    )
+    if customer_id is None:
+        rows = []
+    for row in rows:
+        row.state, row.attempts = "sent", row.attempts + 1
+        row.first_sent_at, row.last_sent_at = row.first_sent_at or now, now
+    return Batch(
+        organization_id=organization_id,
+        meter=meter,
+        reports=tuple((row.id, _event(row, customer_id or "")) for row in rows),
+        has_more=planned.reports >= REPORTS_AT_ONCE or len(rows) >= REPORTS_AT_ONCE,
+        send_before=now + LEASE / 2,
+    )
+
+
+async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, now: datetime) -> None:
+    """Write down what came of a batch, and when the next turn is. What Stripe said counts, whoever has the lease."""
+    by_outcome: dict[str, list[str]] = {}
+    for report_id, _ in batch.reports:
+        by_outcome.setdefault(told.outcomes.get(report_id, "not sent"), []).append(report_id)
+    own = (MeterReportRow.organization_id == batch.organization_id, MeterReportRow.meter == batch.meter)
+    reports = update(MeterReportRow).where(*own)
+    await session.execute(
+        reports.where(
+            MeterReportRow.id.in_(by_outcome.get("acked", [])), MeterReportRow.state.in_((*_OPEN, "unknown"))
+        ).values(state="acked", acked_at=now)
+    )
+    await _put_back(session, by_outcome.get("not sent", []), own)
+    cursor = await _held(session, worker, meter=batch.meter, organization_id=batch.organization_id)
+    if told.refusal is not None:
+        await _refuse(session, batch, told.refusal, cursor, now)
+    if cursor is None:
+        return
+    cursor.leased_until = cursor.leased_by = None
+    if told.failure is not None:
+        cursor.failures += 1
+        cursor.next_at = now + min(timedelta(seconds=2.0 ** min(cursor.failures, 16)), _BACK_OFF_MAX)
+    else:
+        cursor.failures = 0
+        is_more = batch.has_more or told.refusal is not None
+        cursor.next_at = now if is_more else until_next_hour(now) + _spread(batch.organization_id)
+
+
+async def _put_back(session: AsyncSession, report_ids: Sequence[str], own: Sequence[object]) -> None:
+    """Undo the mark of reports that were not sent after all: what was never sent cannot be unknown."""
+    if report_ids:
+        rows = await session.scalars(
+            select(MeterReportRow).where(*own, MeterReportRow.id.in_(report_ids), MeterReportRow.state == "sent")  # type: ignore[arg-type]
+        )
+        for row in rows:
+            row.attempts -= 1
+            if not row.attempts:
+                row.state, row.first_sent_at, row.last_sent_at = "new", None, None
+    await session.flush()
+
+
+async def _refuse(
+    session: AsyncSession, batch: Batch, refusal: tuple[str, str], cursor: MeterCursorRow | None, now: datetime
+) -> None:
+    """Take a refused report's usage back into its window, to be planned anew; or stop, where that would not help."""
+    report_id, code = refusal
+    row = await session.scalar(
+        select(MeterReportRow).where(
+            MeterReportRow.organization_id == batch.organization_id, MeterReportRow.id == report_id
+        )
+    )
+    if row is None:
+        return
+    row.problem = code
+    if code in _PAST_CODES and now - row.event_at >= PAST_MAX and row.kind != "repair":
+        row.state = "refused"
+        await session.execute(
+            update(MeterWindowRow)
+            .where(
+                MeterWindowRow.organization_id == batch.organization_id,
+                MeterWindowRow.meter == batch.meter,
+                MeterWindowRow.starts_at == row.window_starts_at,
+            )
+            .values(planned=MeterWindowRow.planned - row.value * METERS[batch.meter].per_unit)
+        )
+    else:
+        row.state, row.first_sent_at, row.last_sent_at = "new", None, None
+        if cursor is not None:
+            cursor.parked_for = code
+
+
+async def _held(
+    session: AsyncSession, worker: str, *, meter: str, organization_id: OrganizationId
+) -> MeterCursorRow | None:
+    """Return the cursor, locked, if *worker* has its lease."""
+    return await session.scalar(
+        select(MeterCursorRow)
+        .where(
+            MeterCursorRow.organization_id == organization_id,
+            MeterCursorRow.meter == meter,
+            MeterCursorRow.leased_by == worker,
+        )
+        .with_for_update()
+    )
+
+
+def _event(row: MeterReportRow, customer_id: str) -> MeterEvent:
+    return MeterEvent(
+        event_name=row.meter,
+        customer_id=customer_id,
+        identifier=row.identifier,
+        value=row.value,
+        occurred_at=row.event_at,
+    )
+
+
+def _spread(organization_id: str) -> timedelta:
+    """Return a pause that keeps all organizations from coming at once: the same for one, whenever."""
+    return timedelta(seconds=zlib.crc32(organization_id.encode()) % _SPREAD_SECONDS)
+
+
+async def request_flush(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:
+    """Have everything of an organization reported now: an invoice is being drawn up."""
+    await session.execute(
+        update(MeterCursorRow)
+        .where(MeterCursorRow.organization_id == organization_id)
+        .values(is_flush_due=True, next_at=now)
+    )
+
+
+async def resume(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> int:
+    """Go on with what was parked; return how many meters that is."""
+    rows = await session.execute(
+        update(MeterCursorRow)
+        .where(MeterCursorRow.organization_id == organization_id, MeterCursorRow.parked_for.is_not(None))
+        .values(parked_for=None, next_at=now)
+        .returning(MeterCursorRow.meter)
+    )
+    return len(rows.all())

@@ -1,0 +1,252 @@
+"""From the ledger's windows to reports: the outbox towards Stripe, one organization and meter at a time.
+
+A report and what it covers are written in one transaction, before Stripe hears of it, so that whoever sends it, and how
+often, tells the same. Less than a unit of the meter is carried on: all reports together are what the ledger has,
+rounded down once. Whoever plans holds the cursor's row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import OrganizationId, new_id
+from metering.billing import wallet
+from metering.billing.meters import METERS, VALUE_MAX, Meter
+from metering.billing.tables import (
+    BillingCustomerRow,
+    BillingPeriodRow,
+    MeterCursorRow,
+    MeterReportRow,
+    MeterWindowRow,
+)
+from metering.billing.windows import HOUR, Due, Hour, Period, Uncollected, due_windows, hour_of
+from metering.tables import SpendWindowRow
+
+_FAR: Final = datetime(9999, 1, 1, tzinfo=UTC)
+RECENT: Final = timedelta(days=3)
+"""How far back each turn looks; once a day, and before an invoice, it looks at all that is still billed."""
+_SCAN_EVERY: Final = timedelta(days=1)
+_SCAN_BACK: Final = timedelta(days=70)
+"""Two periods of a month, and a little: what is settled later than that is for an operator to see."""
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """What planning came to."""
+
+    reports: int
+    uncollected: Sequence[Uncollected] = ()
+
+
+async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datetime, *, limit: int) -> Planned:
+    """Write reports for the usage of *cursor*'s organization that has none yet; *limit* of them at most.
+
+    *cursor* is locked by this transaction.
+    """
+    meter = METERS[cursor.meter]
+    organization_id = OrganizationId(cursor.organization_id)
+    periods = await billed_periods(session, organization_id=organization_id)
+    if not periods:
+        return Planned(0)
+    is_whole = cursor.is_flush_due or cursor.scanned_at is None or now - cursor.scanned_at >= _SCAN_EVERY
+    earliest = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
+    since = earliest if is_whole else max(earliest, hour_of(now) - RECENT)
+    hours = await _hours(session, meter, since, periods, organization_id=organization_id)
+    rows = await _planned(session, meter, since, organization_id=organization_id)
+    due, uncollected = due_windows(
+        hours,
+        {starts_at: row.planned for starts_at, row in rows.items()},
+        periods,
+        now,
+        is_flush=cursor.is_flush_due,
+    )
+    writer = _Writer(session, cursor, meter, rows, credit=await _credit(session, meter, organization_id))
+    for one in due[:limit]:
+        await writer.write(one)
+    if is_whole and len(due) <= limit:
+        cursor.scanned_at = now
+    if len(due) <= limit:
+        cursor.is_flush_due = False
+    await session.flush()
+    return Planned(writer.reports, uncollected)
+
+
+async def billed_periods(session: AsyncSession, *, organization_id: OrganizationId) -> list[Period]:
+    """Return the times in which an organization's usage is billed."""
+    rows = await session.scalars(
+        select(BillingPeriodRow)
+        .where(BillingPeriodRow.organization_id == organization_id, BillingPeriodRow.is_metered)
+        .order_by(BillingPeriodRow.starts_at)
+    )
+    periods = [Period(starts_at=row.starts_at, ends_at=row.ends_at, is_closed=row.is_closed) for row in rows]
+    opened_at = await session.scalar(
+        select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
+    )
+    if opened_at is not None:
+        periods.append(Period(starts_at=opened_at, ends_at=_FAR, is_prepaid=True))
+    return periods
+
+
+async def _hours(
+    session: AsyncSession,
+    meter: Meter,
+    since: datetime,
+    periods: Sequence[Period],
+    *,
+    organization_id: OrganizationId,
+) -> list[Hour]:
+    """Return what the ledger has by hour, and by minute of those hours that a period's bound falls into."""
+    totals = await _sums(session, meter, 3600, since, None, organization_id=organization_id)
+    cut = {hour_of(bound) for period in periods for bound in (period.starts_at, period.ends_at)}
+    hours: list[Hour] = []
+    for starts_at, total in totals.items():
+        minutes: dict[datetime, int] = {}
+        if starts_at in cut:
+            minutes = await _sums(session, meter, 60, starts_at, starts_at + HOUR, organization_id=organization_id)
+        hours.append(Hour(starts_at=starts_at, total=total, minutes=minutes))
+    return hours
+
+
+async def _sums(
+    session: AsyncSession,
+    meter: Meter,
+    seconds: int,
+    since: datetime,
+    until: datetime | None,
+    *,
+    organization_id: OrganizationId,
+) -> dict[datetime, int]:
+    window = SpendWindowRow
+    statement = (
+        select(window.starts_at, func.sum(meter.total()))
+        .where(window.organization_id == organization_id, window.seconds == seconds, window.starts_at >= since)
+        .group_by(window.starts_at)
+    )
+    if until is not None:
+        statement = statement.where(window.starts_at < until)
+    return {starts_at: int(total) for starts_at, total in await session.execute(statement)}
+
+
+async def _planned(
+    session: AsyncSession, meter: Meter, since: datetime, *, organization_id: OrganizationId
+) -> dict[datetime, MeterWindowRow]:
+    rows = await session.scalars(
+        select(MeterWindowRow).where(
+            MeterWindowRow.organization_id == organization_id,
+            MeterWindowRow.meter == meter.event_name,
+            MeterWindowRow.starts_at >= since,
+        )
+    )
+    return {row.starts_at: row for row in rows}
+
+
+async def _credit(session: AsyncSession, meter: Meter, organization_id: OrganizationId) -> int:
+    """Return the prepaid credit in the meter's unit."""
+    if not meter.bills:
+        return 0
+    return await wallet.balance(session, organization_id=organization_id) // meter.per_unit
+
+
+class _Writer:
+    """Writes reports, one after the other: each takes what the one before has left."""
+
+    def __init__(
+        self,
+        session: AsyncSession,
+        cursor: MeterCursorRow,
+        meter: Meter,
+        windows: dict[datetime, MeterWindowRow],
+        *,
+        credit: int,
+    ) -> None:
+        self._session = session
+        self._cursor = cursor
+        self._meter = meter
+        self._windows = windows
+        self._credit = credit
+        self.reports = 0
+
+    async def write(self, due: Due) -> None:
+        """Plan one window's usage: a report of it, unless it comes to less than a unit or is nobody's to pay."""
+        window = self._window(due.window_starts_at)
+        window.planned += due.amount
+        if due.event_at is None:
+            return
+        value, self._cursor.remainder = divmod(self._cursor.remainder + due.amount, self._meter.per_unit)
+        if not value:
+            return
+        drawn = self._drawn(value, is_prepaid=due.is_prepaid)
+        window.revisions += 1
+        report = MeterReportRow(
+            id=new_id("mrep"),
+            organization_id=self._cursor.organization_id,
+            meter=self._meter.event_name,
+            window_starts_at=due.window_starts_at,
+            revision=window.revisions,
+            kind="carried" if due.is_carried else "usage",
+            event_at=due.event_at,
+            value=value - drawn,
+            drawn=drawn,
+            identifier=identifier_of(
+                self._cursor.organization_id, self._meter.event_name, due.window_starts_at, window.revisions
+            ),
+            state="new" if value != drawn else "settled",
+        )
+        assert abs(report.value) <= VALUE_MAX
+        self._session.add(report)
+        if drawn:
+            await self._session.flush()
+            await wallet.draw(
+                self._session,
+                drawn * self._meter.per_unit,
+                source=report.id,
+                organization_id=OrganizationId(self._cursor.organization_id),
+            )
+        self.reports += 1
+
+    def _drawn(self, value: int, *, is_prepaid: bool) -> int:
+        """Return how much of *value* prepaid credit pays: as far as it goes, or all where nothing else does."""
+        if not self._meter.bills:
+            return 0
+        drawn = value if is_prepaid else min(max(self._credit, 0), max(value, 0))
+        self._credit -= drawn
+        return drawn
+
+    def _window(self, starts_at: datetime) -> MeterWindowRow:
+        row = self._windows.get(starts_at)
+        if row is None:
+            row = self._windows[starts_at] = MeterWindowRow(
+                organization_id=self._cursor.organization_id,
+                meter=self._meter.event_name,
+                starts_at=starts_at,
+                planned=0,
+                revisions=0,
+            )
+            self._session.add(row)
+        return row
+
+
+def identifier_of(organization_id: str, event_name: str, window_starts_at: datetime, revision: int | str) -> str:
+    """Return how Stripe knows a report: the same however often it is made, another for another revision."""
+    return f"{organization_id}:{event_name}:{window_starts_at:%Y%m%dT%H%MZ}:{revision}"
+
+
+async def open_cursors(session: AsyncSession, meters: Sequence[Meter], *, organization_id: OrganizationId) -> None:
+    """Have an organization's usage reported from now on. Changes nothing where it is already."""
+    rows = [{"organization_id": organization_id, "meter": meter.event_name} for meter in meters]
+    await session.execute(insert(MeterCursorRow).values(rows).on_conflict_do_nothing())
+
+
+def by_window(uncollected: Sequence[Uncollected]) -> dict[datetime, int]:
+    """Return what nobody can be charged for any more, by window."""
+    amounts: dict[datetime, int] = defaultdict(int)
+    for one in uncollected:
+        amounts[one.window_starts_at] += one.amount
+    return dict(amounts)

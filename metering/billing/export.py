@@ -21,7 +21,8 @@ from core.database import Database
 from core.ids import OrganizationId, new_id
 from metering.billing.errors import StripeFailed, StripeOutcomeUnknown, StripeRefused, StripeThrottled
 from metering.billing.outbox import Batch, Outcome, Told, claim, count_due, prepare, record
-from metering.billing.stripe_api import STREAM_EVENTS_MAX, MeterEvent, StripeApi
+from metering.billing.stripe_api import STREAM_EVENTS_MAX, StripeApi
+from metering.billing.stripe_objects import MeterEvent
 
 _AT_ONCE: Final = 16
 _CLAIMED: Final = 64
@@ -46,7 +47,7 @@ Progress = Callable[[Exported], None]
 class Exporter:
     """Sends what is due. Several may work at once, in one process or many: leases keep them apart."""
 
-    def __init__(self, database: Database, api: StripeApi, clock: Clock, *, stream_above: int) -> None:
+    def __init__(self, database: Database, api: StripeApi, clock: Clock, *, stream_above: int = 5_000) -> None:
         """From *stream_above* due cursors on, reports go by the meter event stream, many in a request."""
         self._database = database
         self._api = api
@@ -54,15 +55,18 @@ class Exporter:
         self._stream_above = stream_above
         self._worker = new_id("wrk")
 
-    async def round(self, progress: Progress | None = None) -> Exported:
-        """Send until nothing is due, or until Stripe has trouble. Errors: those of `core.database.DOWN`."""
+    async def round(self, progress: Progress | None = None, *, only: OrganizationId | None = None) -> Exported:
+        """Send until nothing is due (of one organization), or until Stripe has trouble.
+
+        Errors: those of `core.database.DOWN`.
+        """
         exported = Exported()
         async with self._database.transaction() as session:
             exported.due = await count_due(session, self._clock.now())
         is_streamed = exported.due > self._stream_above
         while exported.problem is None:
             async with self._database.transaction() as session:
-                claimed = await claim(session, self._worker, self._clock.now(), limit=_CLAIMED)
+                claimed = await claim(session, self._worker, self._clock.now(), limit=_CLAIMED, only=only)
             if not claimed:
                 break
             batches = await self._prepared(claimed)

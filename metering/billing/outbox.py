@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import OrganizationId
 from metering.billing.meters import METERS
 from metering.billing.planning import plan_reports
-from metering.billing.stripe_api import MeterEvent
+from metering.billing.stripe_objects import MeterEvent
 from metering.billing.tables import BillingCustomerRow, MeterCursorRow, MeterReportRow, MeterWindowRow
 from metering.billing.windows import PAST_MAX, until_next_hour
 
@@ -53,11 +53,15 @@ class Told(msgspec.Struct, kw_only=True):
     """Whether the failure is all of Stripe's, and no other batch would fare better."""
 
 
-async def claim(session: AsyncSession, worker: str, now: datetime, *, limit: int) -> list[tuple[OrganizationId, str]]:
-    """Lease cursors that are due to *worker*; those of others stay theirs until their lease ends."""
+async def claim(
+    session: AsyncSession, worker: str, now: datetime, *, limit: int, only: OrganizationId | None = None
+) -> list[tuple[OrganizationId, str]]:
+    """Lease cursors that are due (of one organization) to *worker*; those of others stay theirs until a lease ends."""
+    chosen = [] if only is None else [MeterCursorRow.organization_id == only]
     due = (
         select(MeterCursorRow.organization_id, MeterCursorRow.meter)
         .where(
+            *chosen,
             MeterCursorRow.next_at <= now,
             MeterCursorRow.parked_for.is_(None),
             or_(MeterCursorRow.leased_until.is_(None), MeterCursorRow.leased_until < now),

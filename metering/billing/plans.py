@@ -23,7 +23,7 @@ _PRICE: Final = re.compile(r"\d{1,6}(?:\.\d{1,2})?", re.ASCII)
 # Stripe: `trial_period_days`.
 _TRIAL_DAYS_MAX: Final = 730
 _GRACE_DAYS_MAX: Final = 90
-_PLAN_KEYS: Final = ("title", "price_usd_per_month", "trial_days", "limits")
+_PLAN_KEYS: Final = ("title", "price_usd_per_month", "trial_days", "bills_usage", "limits")
 
 EXAMPLE: Final = """\
 # Three plans. A limit that is left out is none; months are calendar months in UTC.
@@ -43,6 +43,7 @@ storage_gigabytes = 1
 [plans.pro]
 title = "Pro"
 price_usd_per_month = "99.00"
+bills_usage = true           # what models take is invoiced besides; without it, it is included
 [plans.pro.limits]
 chat_requests_per_month = 100000
 workflow_executions_per_month = 10000
@@ -50,7 +51,8 @@ storage_gigabytes = 100
 
 [plans.enterprise]
 title = "Enterprise"
-price_usd_per_month = 0      # billed by use
+price_usd_per_month = 0
+bills_usage = true           # billed by use alone
 """
 
 
@@ -61,7 +63,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     price_cents_per_month: int
     trial_days: int
+    bills_usage: bool
+    """Whether what is used is invoiced beside the price. Else it is included, up to the limits."""
     limits: PlanLimits
+
+    @property
+    def is_sold(self) -> bool:
+        """Whether it is bought at a checkout."""
+        return self.price_cents_per_month > 0 or self.bills_usage
 
 
 class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +78,8 @@ class BillingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     default_plan: str | None = None
     """Of new organizations. None: they have no plan."""
+    token_meters: bool = False
+    """Whether tokens are metered at Stripe too, for customers to see; they cost nothing there."""
     grace_days: int = 7
     """How long an organization is served after a payment has failed."""
 
@@ -118,7 +129,10 @@ def _billing(value: object, plans: Mapping[str, Plan], problems: list[str]) -> B
     elif default_plan is not None:
         problems.append("billing.default_plan: expected the name of a plan")
     grace_days = _whole(table.get("grace_days", 7), "billing.grace_days", _GRACE_DAYS_MAX, problems)
-    return BillingSettings(default_plan=default_plan, grace_days=grace_days)
+    token_meters = table.get("token_meters", False)
+    if not isinstance(token_meters, bool):
+        problems.append("billing.token_meters: expected true or false")
+    return BillingSettings(default_plan=default_plan, grace_days=grace_days, token_meters=token_meters is True)
 
 
 def _plan(name: str, value: object, problems: list[str]) -> Plan:
@@ -131,9 +145,13 @@ def _plan(name: str, value: object, problems: list[str]) -> Plan:
     if not isinstance(title, str) or not title.strip():
         problems.append(f"{where}.title: expected a text")
         title = name
+    bills_usage = table.get("bills_usage", False)
+    if not isinstance(bills_usage, bool):
+        problems.append(f"{where}.bills_usage: expected true or false")
     return Plan(
         name=name,
         title=title,
+        bills_usage=bills_usage is True,
         price_cents_per_month=_cents(table.get("price_usd_per_month", 0), f"{where}.price_usd_per_month", problems),
         trial_days=_whole(table.get("trial_days", 0), f"{where}.trial_days", _TRIAL_DAYS_MAX, problems),
         limits=_limits(table.get("limits", {}), f"{where}.limits", problems),

@@ -7,7 +7,6 @@ a day; their identifier is what makes them happen once.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -29,6 +28,8 @@ from metering.billing.errors import (
     StripeRefused,
     StripeThrottled,
 )
+from metering.billing.pace import Pace
+from metering.billing.stripe_objects import MeterErrors, MeterEvent
 
 _TIMEOUT_SECONDS: Final = 20.0
 STREAM_EVENTS_MAX: Final = 100
@@ -38,45 +39,6 @@ _TOLERANCE_SECONDS: Final = 300
 """How old a signature may be: Stripe's own default."""
 _NOT_SENT: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
 _T = TypeVar("_T")
-
-
-class MeterEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """What a meter is to count. *value* is in the meter's unit."""
-
-    event_name: str
-    customer_id: str
-    identifier: str
-    value: int
-    occurred_at: datetime
-
-    def payload(self) -> dict[str, str]:
-        """Return the customer and the value, as Stripe's meters expect them by default."""
-        return {"stripe_customer_id": self.customer_id, "value": str(self.value)}
-
-
-class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
-    """What Stripe says of events that it took and could not count: how many, why, and when they came."""
-
-    meter_id: str
-    codes: tuple[str, ...]
-    starts_at: datetime
-    ends_at: datetime
-
-
-class _Pace:
-    """Lets calls pass at a rate: those who come too early wait for their turn, in order."""
-
-    def __init__(self, clock: Clock, per_second: float) -> None:
-        self._clock = clock
-        self._gap_seconds = 1 / per_second
-        self._next_seconds = 0.0
-
-    async def turn(self) -> None:
-        now = self._clock.monotonic_seconds()
-        self._next_seconds = max(now, self._next_seconds) + self._gap_seconds
-        wait_seconds = self._next_seconds - self._gap_seconds - now
-        if wait_seconds > 0:
-            await asyncio.sleep(wait_seconds)
 
 
 class _GuardedHttp(stripe.HTTPClient):
@@ -120,7 +82,7 @@ class StripeApi:
             {} if settings.url is None else {"api": settings.url, "meter_events": settings.url, "files": settings.url}
         )
         self._client = self._open(settings.api_key)
-        self._pace = _Pace(clock, settings.requests_per_second)
+        self._pace = Pace(clock, settings.requests_per_second)
         self._clock = clock
         self._stream: tuple[float, stripe.StripeClient] | None = None
 
@@ -194,6 +156,13 @@ class StripeApi:
         """Return a payment intent."""
         intents = self._client.v1.payment_intents
         return objects.read_payment(await self._read(lambda: intents.retrieve_async(payment_intent_id)))
+
+    async def list_payments(self, customer_id: str, since: datetime) -> list[objects.Payment]:
+        """Return a customer's payment intents that were made since then, newest first."""
+        params = {"customer": customer_id, "created": {"gte": int(since.timestamp())}}
+        service = self._client.v1.payment_intents
+        pages = self._pages(lambda page: service.list_async(cast("Any", {**params, **page})))
+        return [objects.read_payment(one) async for one in pages]
 
     # Subscriptions and invoices.
 

@@ -68,9 +68,9 @@ class Invoice(msgspec.Struct, frozen=True, kw_only=True):
     total_cents: int
     paid_cents: int
     due_cents: int
+    attempts: int
+    """How often a payment was tried."""
     issued_at: datetime
-    period_starts_at: datetime
-    period_ends_at: datetime
     page_url: str | None
     pdf_url: str | None
     lines: tuple[UsageLine, ...]
@@ -107,6 +107,29 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     object_id: str
     occurred_at: datetime
+
+
+class MeterEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What a meter is to count. *value* is in the meter's unit."""
+
+    event_name: str
+    customer_id: str
+    identifier: str
+    value: int
+    occurred_at: datetime
+
+    def payload(self) -> dict[str, str]:
+        """Return the customer and the value, as Stripe's meters expect them by default."""
+        return {"stripe_customer_id": self.customer_id, "value": str(self.value)}
+
+
+class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """What Stripe says of events that it took and could not count: how many, why, and when they came."""
+
+    meter_id: str
+    codes: tuple[str, ...]
+    starts_at: datetime
+    ends_at: datetime
 
 
 def read_subscription(source: Json) -> Subscription:
@@ -150,9 +173,8 @@ def read_invoice(source: Json) -> Invoice:
         total_cents=source["total"],
         paid_cents=source["amount_paid"],
         due_cents=source["amount_remaining"],
+        attempts=source.get("attempt_count") or 0,
         issued_at=_moment(source["created"]),
-        period_starts_at=_moment(source["period_start"]),
-        period_ends_at=_moment(source["period_end"]),
         page_url=source.get("hosted_invoice_url"),
         pdf_url=source.get("invoice_pdf"),
         lines=tuple(read_line(line) for line in lines["data"]),

@@ -1,0 +1,315 @@
+"""What an organization does about its billing: become a customer, subscribe, change, cancel, pay beforehand.
+
+Every act asks Stripe first and keeps what Stripe answers, so that who acts sees the result at once; the event that
+follows changes nothing then. Stripe down: BillingUnavailable, and nothing is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+import structlog
+from sqlalchemy import func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.clock import Clock
+from core.database import Database
+from core.ids import OrganizationId, new_id
+from keys import tenants
+from metering.billing import catalog
+from metering.billing.apply import Applier
+from metering.billing.errors import (
+    AlreadySubscribed,
+    BillingUnavailable,
+    NotSubscribed,
+    PaymentRefused,
+    PlanNotForSale,
+    PlanUnknown,
+    ReturnAddressInvalid,
+    StripeFailed,
+    StripeRefused,
+    TopUpInvalid,
+)
+from metering.billing.export import Exporter
+from metering.billing.outbox import request_flush
+from metering.billing.ownership import keep_customer
+from metering.billing.plans import Plan, Plans
+from metering.billing.prepaid import TOP_UP_METADATA
+from metering.billing.standing import LIVE
+from metering.billing.stripe_api import StripeApi
+from metering.billing.stripe_objects import ORGANIZATION_METADATA, Checkout, Subscription
+from metering.billing.tables import BillingCustomerRow, SubscriptionRow
+
+TOP_UP_CENTS_MIN: Final = 500
+TOP_UP_CENTS_MAX: Final = 99_999_999
+"""Stripe takes eight digits."""
+_log = structlog.get_logger(__name__)
+
+
+class ReturnPages(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a customer's browser goes after paying, and after not paying."""
+
+    success_url: str
+    cancel_url: str
+
+
+class Customers:
+    """Acts for organizations. Errors of every act: BillingUnavailable; those of `core.database.DOWN`."""
+
+    def __init__(
+        self,
+        database: Database,
+        api: StripeApi,
+        clock: Clock,
+        plans: Callable[[], Plans],
+        *,
+        test_clock: str | None = None,
+    ) -> None:
+        """New customers belong to *test_clock*, if there is one: their time is then what it says."""
+        self._database = database
+        self._api = api
+        self._clock = clock
+        self._plans = plans
+        self._test_clock = test_clock
+
+    @property
+    def _applier(self) -> Applier:
+        meters = catalog.meters_of(self._plans())
+        return Applier(self._database, self._api, self._clock, self._plans, meters=meters)
+
+    async def customer_of(self, organization_id: OrganizationId, *, email: str | None = None) -> str:
+        """Return the organization's customer at Stripe, made now if there is none. Errors: TenantNotFound."""
+        async with self._database.transaction() as session:
+            organization = await tenants.get_organization(session, organization_id=organization_id)
+            await session.execute(
+                insert(BillingCustomerRow).values(organization_id=organization_id, email=email).on_conflict_do_nothing()
+            )
+            row = await session.get_one(BillingCustomerRow, organization_id)
+            if email is not None and row.email is None:
+                row.email = email
+            known, address = row.stripe_customer_id, row.email
+        if known is not None:
+            return known
+        with _asking_stripe():
+            made = await self._api.create_customer(
+                organization_id, organization.name, email=address, test_clock=self._test_clock
+            )
+        async with self._database.transaction() as session:
+            return await keep_customer(session, made, organization_id=organization_id)
+
+    async def subscribe(
+        self, organization_id: OrganizationId, plan_name: str, pages: ReturnPages, *, email: str | None = None
+    ) -> Checkout:
+        """Return a page where the organization buys a plan. Nothing changes before it has paid.
+
+        Errors: PlanUnknown, PlanNotForSale, AlreadySubscribed, ReturnAddressInvalid, TenantNotFound.
+        """
+        _check(pages)
+        plan = self._sold(plan_name)
+        async with self._database.transaction() as session:
+            if await _live(session, organization_id=organization_id) is not None:
+                raise AlreadySubscribed
+            sold = await catalog.sold_at(session)
+            bought_before = await _count_bought(session, organization_id=organization_id)
+        price = sold.plans.get(plan.name)
+        if price is None or sold.usage_price is None:
+            raise PlanNotForSale(plan_name)
+        customer_id = await self.customer_of(organization_id, email=email)
+        metadata = {ORGANIZATION_METADATA: organization_id}
+        items: list[Any] = [{"price": price, "quantity": 1}]
+        if plan.bills_usage:
+            items.append({"price": sold.usage_price})
+        subscription: dict[str, Any] = {"metadata": metadata, "billing_mode": {"type": "flexible"}}
+        if plan.trial_days:
+            subscription["trial_period_days"] = plan.trial_days
+        params: Any = {
+            "mode": "subscription",
+            "customer": customer_id,
+            "client_reference_id": organization_id,
+            "line_items": items,
+            "subscription_data": subscription,
+            "success_url": pages.success_url,
+            "cancel_url": pages.cancel_url,
+            "metadata": metadata,
+        }
+        with _asking_stripe():
+            return await self._api.create_checkout(params, idempotency_key=self._once(bought_before, params))
+
+    async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:
+        """Return a page where the organization buys credit. Errors: TopUpInvalid, ReturnAddressInvalid."""
+        _check(pages)
+        if not TOP_UP_CENTS_MIN <= cents <= TOP_UP_CENTS_MAX:
+            raise TopUpInvalid(TOP_UP_CENTS_MIN, TOP_UP_CENTS_MAX)
+        customer_id = await self.customer_of(organization_id)
+        metadata = {ORGANIZATION_METADATA: organization_id, TOP_UP_METADATA: "checkout"}
+        product = {"currency": "usd", "unit_amount": cents, "product_data": {"name": "Credit"}}
+        params: Any = {
+            "mode": "payment",
+            "customer": customer_id,
+            "client_reference_id": organization_id,
+            "line_items": [{"price_data": product, "quantity": 1}],
+            # The card is kept for automatic top-ups, which happen while nobody is there.
+            "payment_intent_data": {"metadata": metadata, "setup_future_usage": "off_session"},
+            "success_url": pages.success_url,
+            "cancel_url": pages.cancel_url,
+            "metadata": metadata,
+        }
+        with _asking_stripe():
+            return await self._api.create_checkout(params, idempotency_key=new_id("checkout"))
+
+    async def portal(self, organization_id: OrganizationId, return_url: str) -> str:
+        """Return the address of the page where cards, plan and invoices are. Errors: ReturnAddressInvalid."""
+        _check_url(return_url, "return_url")
+        customer_id = await self.customer_of(organization_id)
+        with _asking_stripe():
+            return await self._api.create_portal(customer_id, return_url)
+
+    async def change_plan(self, organization_id: OrganizationId, plan_name: str) -> Subscription:
+        """Give the organization another plan now: the rest of the period is settled to the day.
+
+        Errors: PlanUnknown, PlanNotForSale, NotSubscribed, PaymentRefused.
+        """
+        plan = self._sold(plan_name)
+        async with self._database.transaction() as session:
+            row = await _require_live(session, organization_id=organization_id)
+            sold = await catalog.sold_at(session)
+            # What was used under the old plan is reported before the plan changes.
+            await request_flush(session, self._clock.now(), organization_id=organization_id)
+        price = sold.plans.get(plan.name)
+        if price is None or sold.usage_price is None:
+            raise PlanNotForSale(plan_name)
+        items: list[Any] = [{"id": row.plan_item_id, "price": price, "quantity": 1}]
+        if plan.bills_usage and row.usage_item_id is None:
+            items.append({"price": sold.usage_price})
+        is_dearer = plan.price_cents_per_month > row.price_cents_per_month
+        params: dict[str, Any] = {
+            "items": items,
+            "proration_behavior": "always_invoice" if is_dearer else "create_prorations",
+            "cancel_at_period_end": False,
+        }
+        if is_dearer:
+            # An upgrade that is not paid is none.
+            params["payment_behavior"] = "error_if_incomplete"
+        return await self._changed(row.id, params)
+
+    async def cancel(self, organization_id: OrganizationId, *, at_once: bool = False) -> Subscription:
+        """End the subscription with its period, or *at_once* with an invoice for what was used by now.
+
+        Errors: NotSubscribed.
+        """
+        async with self._database.transaction() as session:
+            row = await _require_live(session, organization_id=organization_id)
+            await request_flush(session, self._clock.now(), organization_id=organization_id)
+        if not at_once:
+            return await self._changed(row.id, {"cancel_at_period_end": True})
+        await Exporter(self._database, self._api, self._clock).round(only=organization_id)
+        read_at = await self._read_at()
+        with _asking_stripe():
+            ended = await self._api.cancel_subscription(row.id)
+        await self._applier.keep(ended, read_at)
+        return ended
+
+    async def resume(self, organization_id: OrganizationId) -> Subscription:
+        """Take a cancellation back that has not happened yet. Errors: NotSubscribed."""
+        async with self._database.transaction() as session:
+            row = await _require_live(session, organization_id=organization_id)
+        return await self._changed(row.id, {"cancel_at_period_end": False})
+
+    async def set_automatic_top_up(
+        self, organization_id: OrganizationId, *, below_cents: int | None, cents: int | None
+    ) -> None:
+        """Charge the card for *cents* whenever less than *below_cents* is left; None for both: never.
+
+        Errors: TopUpInvalid.
+        """
+        is_on = below_cents is not None and cents is not None
+        if (below_cents is None) != (cents is None) or (
+            is_on and not TOP_UP_CENTS_MIN <= (cents or 0) <= TOP_UP_CENTS_MAX
+        ):
+            raise TopUpInvalid(TOP_UP_CENTS_MIN, TOP_UP_CENTS_MAX)
+        await self.customer_of(organization_id)
+        async with self._database.transaction() as session:
+            await session.execute(
+                update(BillingCustomerRow)
+                .where(BillingCustomerRow.organization_id == organization_id)
+                .values(top_up_below_cents=below_cents, top_up_cents=cents)
+            )
+
+    async def _changed(self, subscription_id: str, params: dict[str, Any]) -> Subscription:
+        read_at = await self._read_at()
+        with _asking_stripe():
+            changed = await self._api.update_subscription(subscription_id, params)  # type: ignore[arg-type]
+        await self._applier.keep(changed, read_at)
+        return changed
+
+    def _sold(self, plan_name: str) -> Plan:
+        plan = self._plans().find(plan_name)
+        if plan is None:
+            raise PlanUnknown(plan_name)
+        if not plan.is_sold:
+            raise PlanNotForSale(plan_name)
+        return plan
+
+    def _once(self, bought_before: int, params: dict[str, Any]) -> str:
+        """Return an idempotency key: who asks for the same within the hour gets the same page, until it was used."""
+        wish = msgspec.json.encode([bought_before, params, f"{self._clock.now():%Y%m%d%H}"], order="deterministic")
+        return f"checkout:{hashlib.sha256(wish).hexdigest()[:32]}"
+
+    async def _read_at(self) -> datetime:
+        async with self._database.transaction() as session:
+            return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+
+
+async def _live(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionRow | None:
+    return await session.scalar(
+        select(SubscriptionRow)
+        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.status.in_(LIVE))
+        .order_by(SubscriptionRow.started_at.desc())
+        .limit(1)
+    )
+
+
+async def _count_bought(session: AsyncSession, *, organization_id: OrganizationId) -> int:
+    """Return how many subscriptions the organization ever had."""
+    statement = select(func.count()).where(SubscriptionRow.organization_id == organization_id)
+    return await session.scalar(statement) or 0
+
+
+async def _require_live(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionRow:
+    row = await _live(session, organization_id=organization_id)
+    if row is None:
+        raise NotSubscribed
+    return row
+
+
+def _check(pages: ReturnPages) -> None:
+    _check_url(pages.success_url, "success_url")
+    _check_url(pages.cancel_url, "cancel_url")
+
+
+def _check_url(url: str, param: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or len(url) > 2_000:
+        raise ReturnAddressInvalid(param)
+
+
+@contextmanager
+def _asking_stripe() -> Generator[None]:
+    """Turn Stripe's failures into what a customer may hear; the rest is for the log."""
+    try:
+        yield
+    except StripeRefused as error:
+        if error.status == 402:
+            raise PaymentRefused from error
+        _log.error("stripe.refused", code=error.code, param=error.param)
+        raise BillingUnavailable from error
+    except StripeFailed as error:
+        _log.warning("stripe.failed", error=type(error).__name__)
+        raise BillingUnavailable from error

@@ -1,0 +1,34 @@
+"""Whose a customer at Stripe is."""
+
+from __future__ import annotations
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import OrganizationId
+from metering.billing.tables import BillingCustomerRow
+
+
+async def owner_of_customer(session: AsyncSession, customer_id: str) -> OrganizationId | None:
+    """Return whose customer that is. None: not one that we made, so that nothing follows from it.
+
+    What an object says of itself, such as an organization in its metadata, is not asked: whoever can write there could
+    pay with another's subscription.
+    """
+    found = await session.scalar(
+        select(BillingCustomerRow.organization_id).where(BillingCustomerRow.stripe_customer_id == customer_id)
+    )
+    return None if found is None else OrganizationId(found)
+
+
+async def keep_customer(session: AsyncSession, customer_id: str, *, organization_id: OrganizationId) -> str:
+    """Note an organization's customer at Stripe, unless it has one; return the one that it has."""
+    await session.execute(
+        update(BillingCustomerRow)
+        .where(BillingCustomerRow.organization_id == organization_id, BillingCustomerRow.stripe_customer_id.is_(None))
+        .values(stripe_customer_id=customer_id)
+    )
+    kept = await session.scalar(
+        select(BillingCustomerRow.stripe_customer_id).where(BillingCustomerRow.organization_id == organization_id)
+    )
+    return kept or customer_id

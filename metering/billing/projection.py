@@ -1,0 +1,197 @@
+"""What Stripe's objects come to in our rows. Takes what was read anew, writes it if it is newer than what is there."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import OrganizationId, new_id
+from metering.billing import emails, prepaid
+from metering.billing.meters import USAGE, Meter
+from metering.billing.outbox import request_flush
+from metering.billing.ownership import owner_of_customer
+from metering.billing.planning import open_cursors
+from metering.billing.plans import Plans
+from metering.billing.standing import ENDED, PAYING, settle_standing
+from metering.billing.stripe_objects import Invoice, Subscription, UsageLine
+from metering.billing.tables import (
+    BillingPeriodRow,
+    InvoiceRow,
+    SubscriptionChangeRow,
+    SubscriptionRow,
+)
+
+_FINAL: Final = frozenset({"open", "paid", "void", "uncollectible"})
+
+
+async def keep_subscription(
+    session: AsyncSession,
+    subscription: Subscription,
+    plans: Plans,
+    *,
+    read_at: datetime,
+    now: datetime,
+    meters: tuple[Meter, ...] = (USAGE,),
+) -> OrganizationId | None:
+    """Write down a subscription and what follows from it: periods, plan, status, revenue. None: it is not ours.
+
+    *read_at* is when it was asked for, by PostgreSQL's clock: an older reading changes nothing.
+    """
+    organization_id = await owner_of_customer(session, subscription.customer_id)
+    if organization_id is None or subscription.plan is None:
+        return None
+    row = await session.get(SubscriptionRow, subscription.id, with_for_update=True)
+    if row is None:
+        row = SubscriptionRow(id=subscription.id, organization_id=organization_id, read_at=read_at)
+        session.add(row)
+    elif row.read_at >= read_at or row.organization_id != organization_id:
+        return organization_id
+    before = (row.status, row.usage_item_id)
+    _fill(row, subscription, read_at, now)
+    await session.flush()
+    await _keep_period(session, subscription, organization_id=organization_id)
+    if row.usage_item_id is not None:
+        await open_cursors(session, meters, organization_id=organization_id)
+    await _keep_revenue(session, row, now, organization_id=organization_id)
+    if row.status in ENDED and before[0] not in ENDED:
+        await request_flush(session, now, organization_id=organization_id)
+    await settle_standing(session, plans, now, organization_id=organization_id)
+    if before != (row.status, row.usage_item_id):
+        await prepaid.settle_gate(session, organization_id=organization_id)
+    return organization_id
+
+
+def _fill(row: SubscriptionRow, subscription: Subscription, read_at: datetime, now: datetime) -> None:
+    row.plan = subscription.plan or ""
+    row.price_cents_per_month = subscription.price_cents_per_month
+    row.plan_item_id = subscription.plan_item_id
+    row.usage_item_id = subscription.usage_item_id
+    row.started_at = subscription.started_at
+    row.trial_ends_at = subscription.trial_ends_at
+    row.cancel_at = subscription.cancel_at
+    row.ended_at = subscription.ended_at
+    row.period_starts_at = subscription.period_starts_at
+    row.period_ends_at = subscription.period_ends_at
+    # Collection that is paused in the dashboard looks active: the operator chose not to charge, and to go on serving.
+    is_past_due = subscription.status == "past_due"
+    row.past_due_since = (row.past_due_since or now) if is_past_due else None
+    row.status = subscription.status
+    row.read_at = read_at
+
+
+async def _keep_period(session: AsyncSession, subscription: Subscription, *, organization_id: OrganizationId) -> None:
+    ends_at = min(subscription.period_ends_at, subscription.ended_at or subscription.period_ends_at)
+    if ends_at <= subscription.period_starts_at:
+        return
+    statement = insert(BillingPeriodRow).values(
+        subscription_id=subscription.id,
+        starts_at=subscription.period_starts_at,
+        ends_at=ends_at,
+        organization_id=organization_id,
+        is_metered=subscription.usage_item_id is not None,
+    )
+    await session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[BillingPeriodRow.subscription_id, BillingPeriodRow.starts_at],
+            set_={"ends_at": ends_at, "is_metered": statement.excluded.is_metered},
+            where=~BillingPeriodRow.is_closed,
+        )
+    )
+
+
+async def _keep_revenue(
+    session: AsyncSession, row: SubscriptionRow, now: datetime, *, organization_id: OrganizationId
+) -> None:
+    """Write down what recurs a month, if that has changed."""
+    mrr_cents = row.price_cents_per_month if row.status in PAYING else 0
+    last = await session.scalar(
+        select(SubscriptionChangeRow)
+        .where(
+            SubscriptionChangeRow.organization_id == organization_id, SubscriptionChangeRow.subscription_id == row.id
+        )
+        .order_by(SubscriptionChangeRow.id.desc())
+        .limit(1)
+    )
+    if last is not None and (last.plan, last.status, last.mrr_cents) == (row.plan, row.status, mrr_cents):
+        return
+    occurred_at = now
+    if last is None:
+        occurred_at = row.started_at
+    elif row.ended_at is not None:
+        occurred_at = row.ended_at
+    session.add(
+        SubscriptionChangeRow(
+            id=new_id("sch"),
+            organization_id=organization_id,
+            subscription_id=row.id,
+            plan=row.plan,
+            status=row.status,
+            mrr_cents=mrr_cents,
+            occurred_at=occurred_at,
+        )
+    )
+
+
+async def keep_invoice(
+    session: AsyncSession, invoice: Invoice, *, read_at: datetime, now: datetime
+) -> OrganizationId | None:
+    """Write down an invoice and what follows from it: a draft is waited for, a final one closes its period."""
+    organization_id = await owner_of_customer(session, invoice.customer_id)
+    if organization_id is None:
+        return None
+    row = await session.get(InvoiceRow, invoice.id, with_for_update=True)
+    if row is None:
+        row = InvoiceRow(id=invoice.id, organization_id=organization_id)
+        session.add(row)
+    elif row.read_at >= read_at:
+        return organization_id
+    usage = await _usage_line(session, invoice, organization_id=organization_id)
+    row.subscription_id, row.number, row.status = invoice.subscription_id, invoice.number, invoice.status
+    row.currency, row.issued_at, row.read_at = invoice.currency, invoice.issued_at, read_at
+    row.total_cents, row.paid_cents, row.due_cents = invoice.total_cents, invoice.paid_cents, invoice.due_cents
+    row.page_url, row.pdf_url = invoice.page_url, invoice.pdf_url
+    if usage is not None:
+        row.usage_micro_usd = usage.quantity
+        row.usage_starts_at, row.usage_ends_at = usage.starts_at, usage.ends_at
+    await session.flush()
+    if invoice.status == "draft":
+        await request_flush(session, now, organization_id=organization_id)
+    elif usage is not None and invoice.status in _FINAL and invoice.subscription_id is not None:
+        await _close_period(session, invoice.subscription_id, usage, organization_id=organization_id)
+    await emails.note_invoice(session, invoice, organization_id=organization_id)
+    return organization_id
+
+
+async def _usage_line(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> UsageLine | None:
+    """Return the invoice's line for usage: the one of the subscription's item that bills it."""
+    item_id = await session.scalar(
+        select(SubscriptionRow.usage_item_id).where(
+            SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
+        )
+    )
+    if item_id is None:
+        return None
+    return next((line for line in invoice.lines if line.subscription_item_id == item_id), None)
+
+
+async def _close_period(
+    session: AsyncSession, subscription_id: str, usage: UsageLine, *, organization_id: OrganizationId
+) -> None:
+    statement = insert(BillingPeriodRow).values(
+        subscription_id=subscription_id,
+        starts_at=usage.starts_at,
+        ends_at=usage.ends_at,
+        organization_id=organization_id,
+        is_metered=True,
+        is_closed=True,
+    )
+    await session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[BillingPeriodRow.subscription_id, BillingPeriodRow.starts_at],
+            set_={"is_closed": True, "ends_at": usage.ends_at},
+        )
+    )

@@ -1,0 +1,82 @@
+"""What an organization may do, by what it pays: plan and status follow its subscriptions, whatever order they came in.
+
+Only what billing did is undone by billing: an organization that an operator suspended stays so, and one that never had
+a subscription keeps the plan that it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Final, NamedTuple
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.ids import OrganizationId
+from keys import tenants
+from keys.errors import SUSPENSION_REASONS
+from metering.billing.plans import Plans
+from metering.billing.tables import SubscriptionRow
+
+SERVED: Final = frozenset({"trialing", "active", "past_due"})
+ENDED: Final = frozenset({"canceled", "incomplete_expired"})
+LIVE: Final = SERVED | {"unpaid", "paused"}
+PAYING: Final = frozenset({"active", "past_due"})
+"""What recurs counts as revenue."""
+# Whichever comes first says what holds where there are several: an unpaid one takes nothing from one that is paid.
+_ORDER: Final = ("active", "trialing", "past_due", "unpaid", "paused")
+_REASONS: Final = {"past_due": "payment_failed", "unpaid": "payment_failed", "paused": "subscription_paused"}
+_ENDED_FOR: Final = "subscription_ended"
+
+
+class Standing(NamedTuple):
+    """A plan's name, or None for no change of it; and why the organization is suspended, or None."""
+
+    plan: str | None
+    suspended_for: str | None
+
+
+def standing_of(subscriptions: Sequence[SubscriptionRow], plans: Plans, now: datetime) -> Standing:
+    """Return what *subscriptions*, all that an organization ever had, come to.
+
+    One that could not be paid from the start (incomplete) gives nothing. After the last has ended, the default plan
+    holds; where there is none, nothing does.
+    """
+    live = [row for row in subscriptions if row.status in LIVE]
+    if not live:
+        has_ended = any(row.status == "canceled" for row in subscriptions)
+        default = plans.billing.default_plan
+        return Standing(default if has_ended else None, _ENDED_FOR if has_ended and default is None else None)
+    best = min(live, key=lambda row: (_ORDER.index(row.status), -row.started_at.timestamp()))
+    if best.status == "past_due" and not is_overdue(best, plans, now):
+        return Standing(best.plan, None)
+    return Standing(best.plan, _REASONS.get(best.status))
+
+
+def is_overdue(row: SubscriptionRow, plans: Plans, now: datetime) -> bool:
+    """Tell whether the days of grace after a failed payment are over."""
+    since = row.past_due_since
+    return since is not None and now - since >= timedelta(days=plans.billing.grace_days)
+
+
+async def settle_standing(
+    session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId
+) -> bool:
+    """Give an organization the plan and status that its subscriptions come to; tell whether anything changed.
+
+    Gateways read of it within two seconds (`keys/revocation.py`). Running calls finish, and are metered.
+    """
+    rows = await session.scalars(select(SubscriptionRow).where(SubscriptionRow.organization_id == organization_id))
+    standing = standing_of(list(rows), plans, now)
+    organization = await tenants.get_organization(session, organization_id=organization_id)
+    has_changed = False
+    if standing.plan is not None and standing.plan != organization.plan:
+        await tenants.set_plan(session, standing.plan, organization_id=organization_id)
+        has_changed = True
+    is_ours = organization.status == "active" or organization.status_reason in SUSPENSION_REASONS
+    wanted = "active" if standing.suspended_for is None else "suspended"
+    if is_ours and (wanted, standing.suspended_for) != (organization.status, organization.status_reason):
+        await tenants.set_status(session, wanted, standing.suspended_for, organization_id=organization_id)
+        has_changed = True
+    return has_changed

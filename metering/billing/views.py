@@ -1,0 +1,290 @@
+"""What an organization, and the operator, see of billing: our own rows, which can be read while Stripe is down."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import and_, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import InstrumentedAttribute
+
+from core.ids import OrganizationId
+from metering.billing import marks, prepaid, wallet
+from metering.billing.standing import LIVE
+from metering.billing.tables import (
+    BillingCustomerRow,
+    InvoiceRow,
+    MeterCheckRow,
+    MeterCursorRow,
+    MeterReportRow,
+    StripeEventRow,
+    SubscriptionRow,
+    WalletPostingRow,
+    WalletTransferRow,
+)
+
+
+class SubscriptionView(msgspec.Struct, frozen=True, kw_only=True):
+    """A subscription as Stripe last described it, at *read_at*."""
+
+    id: str
+    plan: str
+    status: str
+    price_cents_per_month: int
+    bills_usage: bool
+    current_period_start: datetime
+    current_period_end: datetime
+    trial_end: datetime | None
+    cancel_at: datetime | None
+    ended_at: datetime | None
+    read_at: datetime
+
+
+class InvoiceView(msgspec.Struct, frozen=True, kw_only=True):
+    """An invoice as Stripe last described it, at *read_at*. *usage_micro_usd* is what it bills of the ledger."""
+
+    id: str
+    number: str | None
+    status: str
+    currency: str
+    total_cents: int
+    paid_cents: int
+    due_cents: int
+    usage_micro_usd: int | None
+    usage_start: datetime | None
+    usage_end: datetime | None
+    page_url: str | None
+    pdf_url: str | None
+    created: datetime
+    read_at: datetime
+
+
+class TransferView(msgspec.Struct, frozen=True, kw_only=True):
+    """A movement of credit, in nano-USD; below zero it was used."""
+
+    id: str
+    kind: str
+    nano_usd: int
+    note: str | None
+    created: datetime
+
+
+class WalletView(msgspec.Struct, frozen=True, kw_only=True):
+    """Credit in nano-USD: what is booked, and what is left after usage that is not booked yet."""
+
+    balance_nano_usd: int
+    available_nano_usd: int
+    is_prepaid: bool
+    """Whether calls are refused when nothing is left."""
+    top_up_below_cents: int | None
+    top_up_cents: int | None
+    transfers: list[TransferView]
+
+
+class DifferenceView(msgspec.Struct, frozen=True, kw_only=True):
+    """An hour in which Stripe's sum is not ours, in the meter's unit."""
+
+    organization_id: str
+    meter: str
+    hour: datetime
+    ours: int
+    theirs: int
+    state: str
+    seen_at: datetime
+    checked_at: datetime
+
+
+class ParkedView(msgspec.Struct, frozen=True, kw_only=True):
+    """A meter of an organization of which nothing is reported, and why."""
+
+    organization_id: str
+    meter: str
+    reason: str
+
+
+class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
+    """A final invoice that does not bill what was reported for its period, in micro-USD."""
+
+    organization_id: str
+    invoice_id: str
+    reported: int
+    invoiced: int
+
+
+class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether Stripe agrees with the ledger, for the operator."""
+
+    agrees: bool
+    reconciled_at: datetime | None
+    reports: dict[str, int]
+    """How many reports are in which state."""
+    oldest_open_at: datetime | None
+    events: dict[str, int]
+    differences: list[DifferenceView]
+    invoices: list[InvoiceDifferenceView]
+    parked: list[ParkedView]
+
+
+async def current_subscription(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionView | None:
+    """Return the subscription that holds, or the last one that did."""
+    row = await session.scalar(
+        select(SubscriptionRow)
+        .where(SubscriptionRow.organization_id == organization_id)
+        .order_by(SubscriptionRow.status.in_(LIVE).desc(), SubscriptionRow.started_at.desc())
+        .limit(1)
+    )
+    if row is None:
+        return None
+    return SubscriptionView(
+        id=row.id,
+        plan=row.plan,
+        status=row.status,
+        price_cents_per_month=row.price_cents_per_month,
+        bills_usage=row.usage_item_id is not None,
+        current_period_start=row.period_starts_at,
+        current_period_end=row.period_ends_at,
+        trial_end=row.trial_ends_at,
+        cancel_at=row.cancel_at,
+        ended_at=row.ended_at,
+        read_at=row.read_at,
+    )
+
+
+async def list_invoices(
+    session: AsyncSession, limit: int, *, organization_id: OrganizationId, after: str | None = None
+) -> list[InvoiceView]:
+    """Return an organization's invoices, newest first, from behind the one with the id *after* on."""
+    statement = select(InvoiceRow).where(InvoiceRow.organization_id == organization_id)
+    if after is not None:
+        marker = select(InvoiceRow.issued_at).where(
+            InvoiceRow.organization_id == organization_id, InvoiceRow.id == after
+        )
+        statement = statement.where(
+            (InvoiceRow.issued_at < marker.scalar_subquery())
+            | ((InvoiceRow.issued_at == marker.scalar_subquery()) & (InvoiceRow.id < after))
+        )
+    rows = await session.scalars(statement.order_by(InvoiceRow.issued_at.desc(), InvoiceRow.id.desc()).limit(limit))
+    return [
+        InvoiceView(
+            id=row.id,
+            number=row.number,
+            status=row.status,
+            currency=row.currency,
+            total_cents=row.total_cents,
+            paid_cents=row.paid_cents,
+            due_cents=row.due_cents,
+            usage_micro_usd=row.usage_micro_usd,
+            usage_start=row.usage_starts_at,
+            usage_end=row.usage_ends_at,
+            page_url=row.page_url,
+            pdf_url=row.pdf_url,
+            created=row.issued_at,
+            read_at=row.read_at,
+        )
+        for row in rows
+    ]
+
+
+async def wallet_of(session: AsyncSession, limit: int, *, organization_id: OrganizationId) -> WalletView:
+    """Return an organization's credit and its last movements, newest first."""
+    customer = await session.scalar(
+        select(BillingCustomerRow).where(BillingCustomerRow.organization_id == organization_id)
+    )
+    rows = await session.execute(
+        select(WalletTransferRow, WalletPostingRow.nano_usd)
+        .join(
+            WalletPostingRow,
+            and_(WalletPostingRow.transfer_id == WalletTransferRow.id, WalletPostingRow.account == "credit"),
+        )
+        .where(WalletTransferRow.organization_id == organization_id)
+        .order_by(WalletTransferRow.id.desc())
+        .limit(limit)
+    )
+    transfers = [
+        TransferView(id=row.id, kind=row.kind, nano_usd=int(amount), note=row.note, created=row.created_at)
+        for row, amount in rows
+    ]
+    return WalletView(
+        balance_nano_usd=await wallet.balance(session, organization_id=organization_id),
+        available_nano_usd=await prepaid.left(session, organization_id=organization_id),
+        is_prepaid=await prepaid.is_gated(session, organization_id=organization_id),
+        top_up_below_cents=None if customer is None else customer.top_up_below_cents,
+        top_up_cents=None if customer is None else customer.top_up_cents,
+        transfers=transfers,
+    )
+
+
+async def reconciliation(session: AsyncSession, limit: int = 100) -> ReconciliationView:
+    """Return what stands between the ledger and Stripe, of all organizations: *limit* of each kind at most."""
+    reports = await _by_state(session, MeterReportRow.state)
+    events = await _by_state(session, StripeEventRow.state)
+    oldest = await session.scalar(
+        select(func.min(MeterReportRow.created_at)).where(MeterReportRow.state.in_(("new", "sent", "unknown")))
+    )
+    differences = await _differences(session, limit)
+    invoices = await _invoice_differences(session, limit)
+    parked = [
+        ParkedView(organization_id=row.organization_id, meter=row.meter, reason=row.parked_for or "")
+        for row in await session.scalars(
+            select(MeterCursorRow).where(MeterCursorRow.parked_for.is_not(None)).limit(limit)
+        )
+    ]
+    return ReconciliationView(
+        agrees=not (differences or invoices or parked or reports.get("unknown")),
+        reconciled_at=await marks.moment(session, "turn:reconcile"),
+        reports=reports,
+        oldest_open_at=oldest,
+        events=events,
+        differences=differences,
+        invoices=invoices,
+        parked=parked,
+    )
+
+
+async def _by_state(session: AsyncSession, state: InstrumentedAttribute[str]) -> dict[str, int]:
+    rows = await session.execute(select(state, func.count()).group_by(state))
+    return {name: int(count) for name, count in rows}
+
+
+async def _differences(session: AsyncSession, limit: int) -> list[DifferenceView]:
+    rows = await session.scalars(
+        select(MeterCheckRow)
+        .where(MeterCheckRow.state != "agrees")
+        .order_by(MeterCheckRow.state, MeterCheckRow.hour)
+        .limit(limit)
+    )
+    return [DifferenceView(**{name: getattr(row, name) for name in DifferenceView.__struct_fields__}) for row in rows]
+
+
+async def _invoice_differences(session: AsyncSession, limit: int) -> list[InvoiceDifferenceView]:
+    """Return final invoices whose usage is not the sum of what was reported for their period."""
+    reported = (
+        select(func.coalesce(func.sum(MeterReportRow.value), 0))
+        .where(
+            MeterReportRow.organization_id == InvoiceRow.organization_id,
+            MeterReportRow.meter == "usage_micro_usd_v1",
+            MeterReportRow.event_at >= InvoiceRow.usage_starts_at,
+            MeterReportRow.event_at < InvoiceRow.usage_ends_at,
+            MeterReportRow.kind != "repair",
+            MeterReportRow.state.in_(("acked", "unknown", "checked")),
+        )
+        .correlate(InvoiceRow)
+        .scalar_subquery()
+    )
+    rows = await session.execute(
+        select(InvoiceRow.organization_id, InvoiceRow.id, reported, InvoiceRow.usage_micro_usd)
+        .where(
+            InvoiceRow.usage_micro_usd.is_not(None),
+            InvoiceRow.status.in_(("open", "paid", "uncollectible")),
+            InvoiceRow.usage_micro_usd != reported,
+        )
+        .order_by(InvoiceRow.issued_at.desc())
+        .limit(limit)
+    )
+    return [
+        InvoiceDifferenceView(
+            organization_id=organization_id, invoice_id=invoice_id, reported=int(told), invoiced=int(invoiced or 0)
+        )
+        for organization_id, invoice_id, told, invoiced in rows
+    ]

@@ -1,0 +1,1 @@
+"""Stripe's resources, one module each: what a request may say, and what it answers."""

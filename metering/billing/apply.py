@@ -158,7 +158,7 @@ class Applier:
 
     async def catch_up(self) -> int:
         """Store what happened since the last time and was not told; return how many events that is."""
-        now = await self._read_at()
+        now = self._clock.now()
         async with self._database.transaction() as session:
             since = await marks.moment(session, _CAUGHT_UP)
         since = max(since - _OVERLAP, now - _KEPT) if since is not None else now - _KEPT

@@ -143,13 +143,13 @@ async def keep_invoice(
     organization_id = await owner_of_customer(session, invoice.customer_id)
     if organization_id is None:
         return None
+    usage = await _usage_line(session, invoice, organization_id=organization_id)
     row = await session.get(InvoiceRow, invoice.id, with_for_update=True)
     if row is None:
         row = InvoiceRow(id=invoice.id, organization_id=organization_id)
         session.add(row)
     elif row.read_at >= read_at:
         return organization_id
-    usage = await _usage_line(session, invoice, organization_id=organization_id)
     row.subscription_id, row.number, row.status = invoice.subscription_id, invoice.number, invoice.status
     row.currency, row.issued_at, row.read_at = invoice.currency, invoice.issued_at, read_at
     row.total_cents, row.paid_cents, row.due_cents = invoice.total_cents, invoice.paid_cents, invoice.due_cents
@@ -167,7 +167,10 @@ async def keep_invoice(
 
 
 async def _usage_line(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> UsageLine | None:
-    """Return the invoice's line for usage: the one of the subscription's item that bills it."""
+    """Return the invoice's line for usage of a period that is over: the one of the subscription's item that bills it.
+
+    A first invoice may have one too, of nothing, for the period that begins: it closes nothing.
+    """
     item_id = await session.scalar(
         select(SubscriptionRow.usage_item_id).where(
             SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
@@ -175,7 +178,8 @@ async def _usage_line(session: AsyncSession, invoice: Invoice, *, organization_i
     )
     if item_id is None:
         return None
-    return next((line for line in invoice.lines if line.subscription_item_id == item_id), None)
+    lines = [line for line in invoice.lines if line.subscription_item_id == item_id]
+    return next((line for line in lines if line.starts_at < line.ends_at <= invoice.issued_at), None)
 
 
 async def _close_period(

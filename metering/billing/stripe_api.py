@@ -73,11 +73,11 @@ class StripeApi:
     Objects are returned as `stripe_objects` has them, read from the answer to this very call.
     """
 
-    def __init__(self, settings: StripeSettings, clock: Clock) -> None:
+    def __init__(self, settings: StripeSettings, clock: Clock, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         """Connect to nothing yet."""
         assert settings.api_key is not None
         trusted = () if settings.url is None else (Origin.of(settings.url),)
-        self._http = _GuardedHttp(open_client(timeout_seconds=_TIMEOUT_SECONDS, trusted=trusted, connections_max=64))
+        self._http = _GuardedHttp(open_client(timeout_seconds=timeout_seconds, trusted=trusted, connections_max=64))
         self._addresses: Any = (
             {} if settings.url is None else {"api": settings.url, "meter_events": settings.url, "files": settings.url}
         )

@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 InferenceScope = Literal["chat:write", "embeddings:write", "images:write", "audio:write", "models:read"]
-AdminScope = Literal["usage:read"]
-Scope = InferenceScope | AdminScope
+AdminScope = Literal["usage:read", "billing:manage"]
+OperatorScope = Literal["operator:read"]
+Scope = InferenceScope | AdminScope | OperatorScope
 INFERENCE_SCOPES: Final[tuple[InferenceScope, ...]] = get_args(InferenceScope)
 """What a key may do unless its maker says otherwise."""
 ADMIN_SCOPES: Final[tuple[AdminScope, ...]] = get_args(AdminScope)
-ALL_SCOPES: Final[tuple[Scope, ...]] = (*INFERENCE_SCOPES, *ADMIN_SCOPES)
+OPERATOR_SCOPES: Final[tuple[OperatorScope, ...]] = get_args(OperatorScope)
+"""What reaches beyond one organization. Only the operator's command line gives them."""
+ALL_SCOPES: Final[tuple[Scope, ...]] = (*INFERENCE_SCOPES, *ADMIN_SCOPES, *OPERATOR_SCOPES)

@@ -1,4 +1,4 @@
-"""What must be done once for all gateways: lost calls, budgets in Redis, partitions, archives, windows nobody needs.
+"""What must be done once for all gateways: lost calls, caps in Redis, partitions, archives, windows nobody needs.
 
 A store that is down costs a round; the next one does what was left. No act stops another.
 """
@@ -19,8 +19,9 @@ from redis.exceptions import RedisError
 from core.clock import Clock
 from core.database import DOWN, Database
 from core.settings import LedgerSettings
-from metering import partitions
+from metering import allowances, partitions
 from metering.archive import ArchiveUnwritable, archive_old
+from metering.billing.plans import Plans
 from metering.reconcile import ROUNDS_APART_SECONDS, Rounds, reconcile
 from metering.sweeper import sweep
 from metering.writer import Writer
@@ -56,12 +57,19 @@ class MeteringWorker:
     """The metering's recurring work. Any number of workers may run; none needs the others."""
 
     def __init__(
-        self, stores: MeteringStores, settings: LedgerSettings, clock: Clock, pace: Pace | None = None
+        self,
+        stores: MeteringStores,
+        settings: LedgerSettings,
+        clock: Clock,
+        pace: Pace | None = None,
+        *,
+        plans: Callable[[], Plans] = Plans,
     ) -> None:
         self._stores = stores
         self._settings = settings
         self._clock = clock
         self._pace = pace or Pace()
+        self._plans = plans
         self._rounds = Rounds(clock, self._pace.rounds_apart_seconds)
         self._writer = Writer(stores.database_url, statement_seconds_max=_STATEMENT_SECONDS_MAX)
 
@@ -86,11 +94,13 @@ class MeteringWorker:
         return await sweep(self._writer.fetch, lease_seconds=self._settings.lease_seconds)
 
     async def reconcile(self) -> int:
-        """Put right what Redis holds of hard budgets; return how many reservations were settled for others.
+        """Put right what Redis holds of budgets and allowances; return how many reservations were settled for others.
 
-        Those were seen in an earlier round, too.
+        Those were seen in an earlier round, too. Then tell which plans are used to 80 % and fully.
         """
-        return await reconcile(self._stores.database, self._stores.redis, self._clock, self._rounds)
+        count = await reconcile(self._stores.database, self._stores.redis, self._clock, self._rounds)
+        await allowances.note_thresholds(self._stores.database, self._plans(), self._clock)
+        return count
 
     async def keep_house(self) -> None:
         """Make partitions ahead, forget minutes."""

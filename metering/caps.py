@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -17,6 +17,7 @@ from keys.tables import BudgetRow
 from metering import allowances, budgets
 
 _PAGE_BUDGETS: Final = 200
+Pages = Callable[[Database], AsyncIterator[list[Cap]]]
 
 
 class SpentCaps:
@@ -72,26 +73,24 @@ async def spent_in(session: AsyncSession, periods: Sequence[CapPeriod]) -> dict[
     return found
 
 
-async def pages(database: Database) -> AsyncIterator[list[Cap]]:
-    """Yield every budget and every allowance that Redis may know, a page at a time.
-
-    Nothing is held open while Redis is asked. Of an organization that has a plan, each unit: its limit is another
-    matter, and may have been taken away a moment ago.
-    """
-    async for page in _budgets(database):
-        yield list(page)
-    async for owners in allowances.pages(database):
-        yield [Allowance(owner, unit, 0) for owner, _ in owners for unit in allowances.COUNTED_UNITS]
-
-
-async def _budgets(database: Database) -> AsyncIterator[list[Budget]]:
+async def budget_pages(database: Database) -> AsyncIterator[list[Cap]]:
+    """Yield every budget, a page at a time: nothing is held open while Redis is asked."""
     last = ""
     while True:
         async with database.transaction() as session:
             statement = select(BudgetRow).where(BudgetRow.id > last).order_by(BudgetRow.id)
             page = [budget_of(row) for row in await session.scalars(statement.limit(_PAGE_BUDGETS))]
         if page:
-            yield page
+            yield list(page)
         if len(page) < _PAGE_BUDGETS:
             return
         last = page[-1].id
+
+
+async def allowance_pages(database: Database) -> AsyncIterator[list[Cap]]:
+    """Yield each unit of every organization that has a plan, a page at a time.
+
+    Also what its plan does not limit: it may have done so a moment ago, and may again.
+    """
+    async for owners in allowances.pages(database):
+        yield [Allowance(owner, unit, 0) for owner, _ in owners for unit in allowances.COUNTED_UNITS]

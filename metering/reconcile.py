@@ -18,7 +18,7 @@ from core.ids import moment_of
 from keys.allowances import NOTHING_COUNTED, Counted
 from keys.caps import Cap
 from metering import allowances, caps
-from metering.caps import CapPeriod
+from metering.caps import CapPeriod, Pages
 from metering.tables import LedgerEntryRow, UsageIntentRow
 
 _RECONCILE: Final = files("metering").joinpath("budget_reconcile.lua").read_text()
@@ -103,8 +103,10 @@ class _Known(NamedTuple):
         return None if charge is None else caps.amount(cap, charge, self.counted.get(request_id, NOTHING_COUNTED))
 
 
-async def reconcile(database: Database, redis: Redis, clock: Clock, rounds: Rounds) -> int:
-    """Put right what Redis holds of every cap; return how many reservations were settled for others.
+async def reconcile(
+    database: Database, redis: Redis, clock: Clock, rounds: Rounds, pages: Pages = caps.budget_pages
+) -> int:
+    """Put right what Redis holds of caps; return how many reservations were settled for others.
 
     Of soft budgets and unlimited units too, if Redis knows them: it has not counted since they held, and they may
     again.
@@ -116,7 +118,7 @@ async def reconcile(database: Database, redis: Redis, clock: Clock, rounds: Roun
     """
     rounds.begin()
     count = 0
-    async for page in caps.pages(database):
+    async for page in pages(database):
         count += await _reconcile_page(database, redis, clock, rounds, page)
     rounds.end()
     return count

@@ -28,7 +28,7 @@ UNSCOPED_QUERIES = {
     ("metering/allowances.py", "standing_of"): "the allowance names its organization",
     ("metering/budgets.py", "standing_of"): "the budget names its organization",
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
-    ("metering/caps.py", "_budgets"): "a worker puts right every organization's",
+    ("metering/caps.py", "budget_pages"): "a worker puts right every organization's",
     ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
     ("metering/verify_redis.py", "compare"): "the operator is shown every organization's budgets",

@@ -25,10 +25,10 @@ class PlanLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     agents: int | None = None
 
 
+PLAN_LIMITS: Final[tuple[str, ...]] = PlanLimits.__struct_fields__
+
+
 def no_plans(name: str) -> PlanLimits | None:
     """Return what the plan of that name includes where there are no plans."""
     del name
     return None
-
-
-PLAN_LIMITS: Final[tuple[str, ...]] = PlanLimits.__struct_fields__

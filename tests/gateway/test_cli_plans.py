@@ -115,6 +115,15 @@ class TestOrganizations:
             assert (ran.code, ran.out) == (1, "")
             assert named in ran.err
 
+    async def test_a_plan_that_is_gone_is_found_by_the_doctor(self, aap: Cli) -> None:
+        await with_example(aap)
+        [made] = (await aap("orgs", "create", "A", "--plan", "pro", "--json")).json()
+        for text, result in (("", "warning"), ("[plans.pro]", "ok")):
+            (aap.directory / "aap.toml").write_text(text)
+            [found] = [one for one in (await aap("doctor", "--json")).json() if one["check"] == "plans"]
+            assert found["result"] == result
+        assert made["plan"] == "pro"
+
     async def test_one_is_suspended_and_resumed(self, aap: Cli) -> None:
         [made] = (await aap("orgs", "create", "A", "--json")).json()
         changed = (await aap("orgs", "suspend", made["id"], "--reason", "payment_failed", "--json")).json()

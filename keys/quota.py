@@ -121,18 +121,19 @@ class Quota:
         reservation.shown = reply[4:]
         return reservation
 
-    async def _ask_with_seeds(self, reservation: Reservation, reply: Reply | None, spend: Spend) -> Reply | None:
+    async def _ask_with_seeds(self, reservation: Reservation, unknown: Reply, spend: Spend) -> Reply | None:
         """Tell Redis the caps that it does not know, one after the other, and ask again. As `_ask`."""
         for _ in range(_SEEDS_MAX):
-            if reply is None or reply[0] != _UNKNOWN:
-                return reply
             try:
-                await self._seed(reservation.plan, reply[1] - 1, spend)
+                await self._seed(reservation.plan, unknown[1] - 1, spend)
             except QuotaUnverifiable:
                 if reservation.plan.budgets:
                     raise
                 return self._reserve_locally(reservation)
             reply = await self._ask(reservation)
+            if reply is None or reply[0] != _UNKNOWN:
+                return reply
+            unknown = reply
         # Told and forgotten at once, again and again: that Redis is not to be relied upon.
         return self._reserve_locally(reservation)
 
@@ -222,7 +223,8 @@ class Quota:
         if not self._settling:
             asyncio.get_running_loop().call_soon(self.flush)
         plan = reservation.plan
-        settled = (reservation, -1 if tokens_used is None else tokens_used, plan.amounts(nano_usd, counted))
+        amounts = plan.amounts(nano_usd, counted) if plan.caps else b""
+        settled = (reservation, -1 if tokens_used is None else tokens_used, amounts)
         self._settling.setdefault(plan, []).append(settled)
 
     def flush(self) -> None:

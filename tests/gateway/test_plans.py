@@ -55,9 +55,10 @@ async def say(place: Place, tenant: Tenant, **more: object) -> RawAnswer:
     return await call(place.port, post(CHAT, tenant.key, chat(**more)))  # type: ignore[arg-type]
 
 
-async def statuses(place: Place, tenant: Tenant, **more: object) -> set[int]:
-    """What so many calls get that both processes are among those who answer."""
-    return {(await say(place, tenant, **more)).status for _ in range(16)}
+async def refused_by(place: Place, tenant: Tenant) -> set[object]:
+    """What refuses so many calls that both processes are among those who answer; None for one that is admitted."""
+    found = [await say(place, tenant, max_completion_tokens=9) for _ in range(16)]
+    return {None if one.status == 200 else one.error()["param"] for one in found}
 
 
 async def used(place: Place, tenant: Tenant, unit: AllowanceUnit) -> int:
@@ -172,20 +173,16 @@ class TestChanges:
         await put_on(place, tenant, "tiny")
         assert [(await say(place, tenant)).status for _ in range(3)] == [200, 200, 429]
         before = place.gateway.config_path.read_text()
-        place.gateway.config_path.write_text(before.replace("chat_requests_per_month = 2", "tokens_per_month = 2000"))
+        place.gateway.config_path.write_text(before.replace("chat_requests_per_month = 2", "tokens_per_month = 20000"))
         try:
-
-            async def is_admitted() -> bool:
-                return await statuses(place, tenant, max_completion_tokens=9) == {200}
-
-            await eventually(is_admitted)
+            await eventually(lambda: self.is_so(place, tenant, None))
         finally:
             place.gateway.config_path.write_text(before)
+        # Not by the tokens, which it had for a moment.
+        await eventually(lambda: self.is_so(place, tenant, "organization.plan.chat_requests_per_month"))
 
-        async def is_refused() -> bool:
-            return await statuses(place, tenant) == {429}
-
-        await eventually(is_refused)
+    async def is_so(self, place: Place, tenant: Tenant, param: str | None) -> bool:
+        return await refused_by(place, tenant) == {param}
 
 
 async def test_a_redis_that_forgot_does_not_give_a_month_twice(

@@ -42,9 +42,10 @@ from keys import usage_marks
 from keys.authenticate import Authenticator
 from keys.limits import QUOTA_SCRIPTS
 from keys.local_quota import LocalQuota
+from keys.plans import PlanLimits
 from keys.quota import Quota
 from keys.revocation import KeyFeed
-from metering.budgets import SpentBudgets
+from metering.caps import SpentCaps
 from metering.ledger import Ledger
 from metering.prices import PriceBook
 
@@ -77,12 +78,13 @@ class Runtime:
         self.client = _client(settings)
         self.clock = SystemClock()
         self.reading = _reading(settings.database_url, self.clock)
-        self.quota = Quota(scripts, LocalQuota(self.clock, lambda: feed.live_gateways), SpentBudgets(database))
+        self.quota = Quota(scripts, LocalQuota(self.clock, lambda: feed.live_gateways), SpentCaps(database))
         self.authenticator = Authenticator(
             database,
             settings.peppers,
             defaults=lambda: self.catalog_file.limits,
             is_feed_live=feed.is_live,
+            plan_limits=self._plan_limits,
         )
         self.admission = Admission(settings.edge)
         self.live = LiveRuns(settings.edge, self.quota)
@@ -111,6 +113,13 @@ class Runtime:
             live=self.live,
             idempotency=self.idempotency,
         )
+
+    def _plan_limits(self, name: str) -> PlanLimits | None:
+        """Return what a plan includes. One that aap.toml does not have limits nothing, which is told."""
+        limits = self.catalog_file.plans.limits_of(name)
+        if limits is None:
+            _log.warning("plan.unknown", plan=name)
+        return limits
 
     def _report(self, exchange: Exchange, tokens: tuple[int, int]) -> None:
         """Say that a call has ended, and how many tokens went in and out."""

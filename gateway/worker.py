@@ -19,6 +19,7 @@ from core.redis import connect
 from core.settings import Settings, load
 from core.telemetry import configure_logs
 from gateway import idempotency_claims, lifeline
+from gateway.plan_file import PlanFile
 from keys.quota_pruning import prune_buckets
 from keys.secrets import redact
 from metering.worker import MeteringStores, MeteringWorker
@@ -41,7 +42,12 @@ async def work(settings: Settings) -> None:
     assert settings.redis_url is not None
     database = Database(settings.database_url, connections_max=3)
     redis = connect(settings.redis_url)
-    metering = MeteringWorker(MeteringStores(settings.database_url, database, redis), settings.ledger, SystemClock())
+    metering = MeteringWorker(
+        MeteringStores(settings.database_url, database, redis),
+        settings.ledger,
+        SystemClock(),
+        plans=PlanFile(settings.config_path).plans,
+    )
     metering_task = asyncio.create_task(metering.run())
     _log.info("worker.started")
     while not stop.is_set():

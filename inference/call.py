@@ -98,13 +98,13 @@ class Inference:
             raise ModelNotFound(request.model)
         exchange.model = model.name
         principal.require_model(model.name)
-        return request, model, principal.plan_for(model.name)
+        return request, model, principal.plan_for(model.name, endpoint.operation)
 
     def settle(self, exchange: Exchange) -> None:
         """Give back what the call did not use, enter what it did, and report it with its tokens. Never fails.
 
-        Where a hard budget holds, PostgreSQL is told first: until it knows what was spent, the most that the call could
-        cost stays reserved (`metering/budgets.py`).
+        Where a hard budget or an allowance holds, PostgreSQL is told first: until it knows what was used, the most that
+        the call could take stays reserved (`metering/budgets.py`).
         """
         reservation = exchange.reservation
         tokens = exchange.tokens
@@ -112,7 +112,7 @@ class Inference:
         if exchange.intent is None:
             if reservation is not None:
                 self._quota.settle(reservation, used)
-        elif reservation is not None and reservation.plan.budgets:
+        elif reservation is not None and reservation.plan.caps:
             self._meter.end(exchange, partial(self._quota.settle, reservation, used))
         else:
             self._meter.end(exchange)

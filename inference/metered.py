@@ -15,6 +15,7 @@ from inference.asks import ask_of
 from inference.catalog import Deployment, Model
 from inference.exchange import Exchange
 from inference.wire import ParsedRequest
+from keys.allowances import Counted
 from keys.limits import QuotaPlan
 from keys.quota import NOTHING, Spend
 from metering.entries import Attribution, Entry, Intent, Quality, Result
@@ -41,8 +42,10 @@ class CallMeter:
 
         Errors: PriceUnknown when that cannot be said; LedgerUnavailable before the prices are known.
         """
-        if not plan.budgets:
+        if not plan.caps:
             return NOTHING
+        if not plan.budgets:
+            return Spend(0, exchange.started_ms)
         ask = ask_of(exchange.endpoint, request, model)
         dearest = 0
         for deployment in model.deployments:
@@ -97,10 +100,10 @@ class CallMeter:
         charge = exchange.charge_nano_usd
         return "" if charge is None else usd_text(charge)
 
-    def end(self, exchange: Exchange, on_entered: Callable[[int], None] | None = None) -> None:
+    def end(self, exchange: Exchange, on_entered: Callable[[int, Counted], None] | None = None) -> None:
         """Enter a call that has ended and that a provider may have seen.
 
-        *on_entered* is told what it is charged, in nano-USD, once that is durable.
+        *on_entered* is told what it is charged, in nano-USD, and what it counts for, once that is durable.
         """
         self.rate(exchange)
         deployment, intent, units = exchange.deployment, exchange.intent, exchange.units
@@ -134,7 +137,8 @@ class CallMeter:
         if on_entered is None:
             self._ledger.settle(entry, intent)
         else:
-            self._ledger.settle(entry, intent, partial(on_entered, charge or 0))
+            counted = Counted(result.requests, units.all_tokens)
+            self._ledger.settle(entry, intent, partial(on_entered, charge or 0, counted))
 
     def _find(self, exchange: Exchange, deployment: Deployment) -> CallPrices:
         prices, principal = self._prices, exchange.principal

@@ -23,10 +23,12 @@ from core.database import DOWN, Database
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Pepper
 from keys import secrets
+from keys.allowances import allowances_of
 from keys.budgets import Budget, budget_of
 from keys.dimensions import DIMENSIONS
 from keys.errors import AuthenticationUnavailable, KeyIncorrect, KeyMissing, TooManyFailures
 from keys.limits import DefaultLimits, RateLimits
+from keys.plans import PlanLimits, no_plans
 from keys.principal import Grants, Limits, Principal
 from keys.tables import BudgetRow, KeyRow, KeySecretRow, OrganizationRow, RateLimitRow
 
@@ -62,10 +64,12 @@ class Authenticator:
         *,
         defaults: Callable[[], DefaultLimits],
         is_feed_live: Callable[[], bool],
+        plan_limits: Callable[[str], PlanLimits | None] = no_plans,
     ) -> None:
         self._database = database
         self._peppers = peppers
         self._defaults = defaults
+        self._plan_limits = plan_limits
         self._is_feed_live = is_feed_live
         # Cache keys are digests under a key of this process: a memory dump holds no credential.
         self._cache_hash = hashlib.blake2b(key=random.token_bytes(32), digest_size=32)
@@ -201,9 +205,9 @@ class Authenticator:
                 )
             )
             known = tuple(budget_of(row) for row in budgets)
-            return _principal(secret, key, organization, self._limits(list(limits), known))
+            return _principal(secret, key, organization, self._limits(organization, list(limits), known))
 
-    def _limits(self, rows: list[RateLimitRow], budgets: tuple[Budget, ...]) -> Limits:
+    def _limits(self, organization: OrganizationRow, rows: list[RateLimitRow], budgets: tuple[Budget, ...]) -> Limits:
         defaults = self._defaults()
         found = {
             (row.scope, row.scope_id): RateLimits(**{name: getattr(row, name) for name in DIMENSIONS}) for row in rows
@@ -211,6 +215,7 @@ class Authenticator:
         one = {scope: limits for (scope, _), limits in found.items()}
         models = {name for scope, name in found if scope == "model"} | defaults.model.keys()
         nothing = RateLimits()
+        included = None if organization.plan is None else self._plan_limits(organization.plan)
         return Limits(
             key=one.get("key", nothing).over(defaults.key),
             project=one.get("project", nothing).over(defaults.project),
@@ -219,6 +224,7 @@ class Authenticator:
                 name: found.get(("model", name), nothing).over(defaults.model.get(name, nothing)) for name in models
             },
             budgets=budgets,
+            allowances=allowances_of(included, OrganizationId(organization.id)),
         )
 
     def _remember(self, entry: _Entry) -> None:

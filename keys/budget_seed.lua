@@ -1,7 +1,7 @@
--- Tell Redis what PostgreSQL knows of a budget, unless Redis knows already: then what it knows is newer.
+-- Tell Redis what PostgreSQL knows of a cap, unless Redis knows already: then what it knows is newer.
 --
--- KEYS[1]  the budget in one period, as keys/quota.lua has it    ARGV[1]  how long to keep it, in ms
--- ARGV[2]  nano-USD charged    ARGV[3], ARGV[4] …  request id and nano-USD reserved of every call that runs
+-- KEYS[1]  the cap in one period, as keys/quota.lua has it    ARGV[1]  how long to keep it, in ms
+-- ARGV[2]  what was used    ARGV[3], ARGV[4] …  request id and what is reserved of every call that runs
 
 if redis.call('HEXISTS', KEYS[1], 's') == 1 then return {0} end
 local reserved = 0

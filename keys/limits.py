@@ -13,7 +13,9 @@ import msgspec
 
 from core.ids import KeyId, OrganizationId, ProjectId
 from core.resp import Script, ScriptShape
-from keys.budgets import SEED_SCRIPT, Budget, period_bounds, state_key
+from keys.allowances import Allowance, Counted
+from keys.budgets import Budget, period_bounds
+from keys.caps import SEED_SCRIPT, Cap, limit_of, state_key
 from keys.dimensions import DIMENSIONS, LIMIT_MAX, LimitScope
 from keys.errors import RateLimitReached
 
@@ -96,10 +98,12 @@ class QuotaPlan:
     """All limits that hold for one key on one model, encoded for the Lua scripts once and used for every call."""
 
     __slots__ = (
+        "_pack_amounts",
         "_period_keys",
         "_period_since_ms",
         "_period_until_ms",
         "budgets",
+        "caps",
         "denial",
         "denied_until_seconds",
         "is_empty",
@@ -114,9 +118,7 @@ class QuotaPlan:
         "tokens_scope",
     )
 
-    def __init__(
-        self, organization_id: OrganizationId, scopes: list[ScopedLimits], budgets: Sequence[Budget] = ()
-    ) -> None:
+    def __init__(self, organization_id: OrganizationId, scopes: list[ScopedLimits], caps: Sequence[Cap] = ()) -> None:
         # Scopes without any limit cost nothing: they are not sent.
         self.scopes = [scoped for scoped in scopes if any(v is not None for v in scoped.limits.as_tuple())]
         self.organization_id = organization_id
@@ -124,14 +126,17 @@ class QuotaPlan:
         # All keys of one organization share a hash tag, so that they live on one node of a cluster.
         tag = b"q:{%b}:" % organization_id.encode()
         self.record_prefix = tag + b"r:"
-        self.budgets = tuple(budget for budget in budgets if budget.is_hard)
+        self.budgets = tuple(cap for cap in caps if isinstance(cap, Budget) and cap.is_hard)
         """Those that can refuse. Soft ones are PostgreSQL's business alone."""
-        self.is_empty = not self.scopes and not self.budgets
+        self.caps: tuple[Cap, ...] = (*self.budgets, *(cap for cap in caps if isinstance(cap, Allowance)))
+        """What is counted by period: hard budgets, then allowances."""
+        self._pack_amounts = struct.Struct(f"<{len(self.caps)}d").pack
+        self.is_empty = not self.scopes and not self.caps
         """Whether nothing limits these calls."""
         self._period_keys: tuple[bytes, ...] = ()
         self._period_since_ms = 0.0
         self._period_until_ms = 0.0
-        self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names, self.budgets)
+        self.shape, self.settle_shape = _shapes(tag, self.scopes, self.names, self.caps)
         smallest = min(_token_limits(self.scopes), default=(math.inf, ""))
         self.tokens_max, self.tokens_scope = smallest
         # Set by the quota while a limit of requests is known to be exhausted.
@@ -148,7 +153,7 @@ class QuotaPlan:
         project: tuple[ProjectId, RateLimits],
         key: tuple[KeyId, RateLimits],
         model: tuple[str, RateLimits],
-        budgets: Sequence[Budget] = (),
+        caps: Sequence[Cap] = (),
     ) -> QuotaPlan:
         """Return the plan for one key on one model."""
         return cls(
@@ -159,27 +164,35 @@ class QuotaPlan:
                 ScopedLimits("organization", organization[0], organization[1]),
                 ScopedLimits("model", model[0], model[1]),
             ],
-            budgets,
+            caps,
         )
 
-    def budget_keys(self, started_ms: int) -> tuple[bytes, ...]:
-        """Return where Redis holds the budgets' present periods, for a call that began at *started_ms*."""
-        if not self.budgets:
+    def cap_keys(self, started_ms: int) -> tuple[bytes, ...]:
+        """Return where Redis holds the caps' present periods, for a call that began at *started_ms*."""
+        if not self.caps:
             return ()
         if not self._period_since_ms <= started_ms < self._period_until_ms:
             moment = datetime.fromtimestamp(started_ms / 1000, UTC)
-            bounds = [period_bounds(budget.period, moment) for budget in self.budgets]
+            bounds = [period_bounds(cap.period, moment) for cap in self.caps]
             # Both ends: a call that began before midnight may come here after one that began behind it.
             self._period_since_ms = max(starts_at.timestamp() for starts_at, _ in bounds) * 1000
             self._period_until_ms = min(ends_at.timestamp() for _, ends_at in bounds) * 1000
             self._period_keys = tuple(
-                state_key(budget, starts_at) for budget, (starts_at, _) in zip(self.budgets, bounds, strict=True)
+                state_key(cap, starts_at) for cap, (starts_at, _) in zip(self.caps, bounds, strict=True)
             )
         return self._period_keys
 
+    def amounts(self, nano_usd: int, counted: Counted) -> bytes:
+        """Return what a call takes of each cap, as the scripts read it: nothing where there is none."""
+        if not self.caps:
+            return b""
+        return self._pack_amounts(
+            *(counted.of(cap.unit) if isinstance(cap, Allowance) else nano_usd for cap in self.caps)
+        )
+
 
 def _shapes(
-    tag: bytes, scopes: list[ScopedLimits], names: list[str], budgets: Sequence[Budget]
+    tag: bytes, scopes: list[ScopedLimits], names: list[str], caps: Sequence[Cap]
 ) -> tuple[ScriptShape, ScriptShape]:
     limited = [
         name for scoped, name in zip(scopes, names, strict=True) if scoped.limits.concurrent_requests is not None
@@ -187,12 +200,12 @@ def _shapes(
     numbers = [-1 if value is None else value for scoped in scopes for value in scoped.limits.as_tuple()]
     keys = [tag + b"buckets", *(tag + b"leases:" + name.encode() for name in limited)]
     packed = struct.pack(f"<{len(numbers)}d", *numbers)
-    caps = struct.pack(f"<{len(budgets)}d", *(budget.limit_nano_usd for budget in budgets))
+    most = struct.pack(f"<{len(caps)}d", *map(limit_of, caps))
     fields = [name.encode() for name in names]
     lease_ms = b"%d" % (LEASE_SECONDS * 1000)
     return (
-        ScriptShape(QUOTA_SCRIPT, keys=keys, fixed=[lease_ms, packed, caps, *fields]),
-        ScriptShape(SETTLE_SCRIPT, keys=keys, fixed=[b"%d" % len(budgets), packed, *fields]),
+        ScriptShape(QUOTA_SCRIPT, keys=keys, fixed=[lease_ms, packed, most, *fields]),
+        ScriptShape(SETTLE_SCRIPT, keys=keys, fixed=[b"%d" % len(caps), packed, *fields]),
     )
 
 

@@ -26,3 +26,9 @@ class PlanLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 PLAN_LIMITS: Final[tuple[str, ...]] = PlanLimits.__struct_fields__
+
+
+def no_plans(name: str) -> PlanLimits | None:
+    """Return what the plan of that name includes where there are no plans."""
+    del name
+    return None

@@ -6,7 +6,9 @@ import ipaddress
 
 from core.ids import KeyId, OrganizationId, ProjectId, SecretId
 from core.settings import Network
+from keys.allowances import CHAT_OPERATIONS, Allowance
 from keys.budgets import Budget
+from keys.caps import Cap
 from keys.errors import AddressNotAllowed, ModelNotAllowed, OrganizationSuspended, ScopeMissing
 from keys.limits import QuotaPlan, RateLimits
 
@@ -27,9 +29,9 @@ class Grants:
 
 
 class Limits:
-    """The limits of a caller's key, project and organization, those of models in that organization, and all budgets."""
+    """The limits of a caller's key, project and organization, of models in that organization; budgets, allowances."""
 
-    __slots__ = ("budgets", "key", "model", "organization", "project")
+    __slots__ = ("allowances", "budgets", "key", "model", "organization", "project")
 
     def __init__(
         self,
@@ -39,12 +41,14 @@ class Limits:
         organization: RateLimits,
         model: dict[str, RateLimits],
         budgets: tuple[Budget, ...] = (),
+        allowances: tuple[Allowance, ...] = (),
     ) -> None:
         self.key = key
         self.project = project
         self.organization = organization
         self.model = model
         self.budgets = budgets
+        self.allowances = allowances
 
 
 class Principal:
@@ -60,6 +64,7 @@ class Principal:
         "key_id",
         "limits",
         "organization_id",
+        "other_plans",
         "plans",
         "project_id",
         "secret_id",
@@ -85,22 +90,31 @@ class Principal:
         self.suspended_for = suspended_for
         """Why the organization is suspended; None while it is not."""
         self.plans: dict[str, QuotaPlan] = {}
+        # Of operations that are no chat: the same ones, unless chat requests are limited.
+        counts_chat = any(allowance.unit == "chat_requests" for allowance in limits.allowances)
+        self.other_plans: dict[str, QuotaPlan] = {} if counts_chat else self.plans
 
-    def plan_for(self, model: str) -> QuotaPlan:
-        """Return the limits that hold for this caller on *model*, a name of the catalog."""
-        plan = self.plans.get(model)
+    def plan_for(self, model: str, operation: str = "chat") -> QuotaPlan:
+        """Return what holds for this caller's *operation* on *model*, a name of the catalog."""
+        plans = self.plans if operation in CHAT_OPERATIONS else self.other_plans
+        plan = plans.get(model)
         if plan is None:
-            if len(self.plans) >= _PLANS_PER_PRINCIPAL_MAX:
-                self.plans.clear()
+            if len(plans) >= _PLANS_PER_PRINCIPAL_MAX:
+                plans.clear()
             limits = self.limits
-            plan = self.plans[model] = QuotaPlan.for_call(
+            plan = plans[model] = QuotaPlan.for_call(
                 organization=(self.organization_id, limits.organization),
                 project=(self.project_id, limits.project),
                 key=(self.key_id, limits.key),
                 model=(model, limits.model.get(model, RateLimits())),
-                budgets=limits.budgets,
+                caps=self._caps(operation),
             )
         return plan
+
+    def _caps(self, operation: str) -> list[Cap]:
+        units = {"tokens", "chat_requests"} if operation in CHAT_OPERATIONS else {"tokens"}
+        allowances = [allowance for allowance in self.limits.allowances if allowance.unit in units]
+        return [*self.limits.budgets, *allowances]
 
     def require_scope(self, scope: str) -> None:
         """Return if the key has *scope*. Errors: ScopeMissing."""

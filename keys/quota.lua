@@ -1,19 +1,19 @@
 -- Reserve or renew the quota of one call, all or nothing, on Redis's own clock. Whole numbers only. keys/settle.lua
 -- gives it back.
 --
--- KEYS[1]  this request's reservation    KEYS[2…b+1]  hard budgets in their present period, a hash each
+-- KEYS[1]  this request's reservation    KEYS[2…b+1]  caps (hard budgets, allowances) in their present period, a hash each
 -- KEYS[b+2]  the organization's buckets: one hash, a field per scope
 -- KEYS[b+3…] lease sets of those scopes that limit concurrency, in the order of the scopes
 -- ARGV[1]  act: reserve | renew    ARGV[2]  request id    ARGV[3]  reserve: tokens wanted; renew: unused
--- ARGV[4]  reserve: the most that the call can cost, in nano-USD    ARGV[5]  lease in ms
+-- ARGV[4]  reserve: the most that the call can take of each of the b caps, as doubles    ARGV[5]  lease in ms
 -- ARGV[6]  five limits a scope as little-endian doubles (-1: none):
 --          requests a minute, requests a day, tokens a minute, tokens a day, concurrent requests
--- ARGV[7]  the limits of the b budgets as doubles, in nano-USD    ARGV[8…] the scopes' fields in the hash
+-- ARGV[7]  the limits of the b caps as doubles    ARGV[8…] the scopes' fields in the hash
 --
--- Answers with {1, …} granted, {0, …} a rate limit blocks, {2, budget, spent, reserved} a budget blocks, {3, budget}
--- nobody has told yet what was spent of it.
+-- Answers with {1, …} granted, {0, …} a rate limit blocks, {2, cap, spent, reserved} a cap blocks, {3, cap} nobody has
+-- told yet what was spent of it. A budget is spent in nano-USD, an allowance in its own unit.
 --
--- A budget's hash holds what is spent (s), what is reserved (r), and each reservation under its request id: whatever
+-- A cap's hash holds what is spent (s), what is reserved (r), and each reservation under its request id: whatever
 -- happens to a gateway, it can be told which of them never came to an end. All are whole numbers below 2^53.
 --
 -- A bucket counts in small units so that refilling is a whole number of them: a minute's in 1/60,000 (one unit a ms for a
@@ -27,10 +27,10 @@ local RECORD_TTL_MS, BUCKETS_TTL_MS, LEASES_TTL_MS = 7200000, 172800000, 8640000
 local BUCKET, REPLY = '<dddddd', '<ddddddddddd'
 local call, pack, unpack_, floor, ceil, min, max, format =
   redis.call, struct.pack, struct.unpack, math.floor, math.ceil, math.min, math.max, string.format
-local act, id, amount, cost = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
-local lease_ms, packed, budget_limits = tonumber(ARGV[5]), ARGV[6], ARGV[7]
-local scopes, budgets, NAMES = #packed / 40, #budget_limits / 8, 7
-local buckets = budgets + 2
+local act, id, amount, costs = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local lease_ms, packed, cap_limits = tonumber(ARGV[5]), ARGV[6], ARGV[7]
+local scopes, caps, NAMES = #packed / 40, #cap_limits / 8, 7
+local buckets = caps + 2
 
 -- However deep the debt: every elapsed step counts, and no product leaves the exact range.
 local function refilled(level, limit, full, elapsed)
@@ -52,14 +52,17 @@ end
 
 -- Pass 1: refill and check everything; write nothing.
 local reserved = {}
-for b = 1, budgets do
+for b = 1, caps do
   local known = call('HMGET', KEYS[b + 1], 's', 'r', id)
   if not known[1] then return {3, b} end
   local spent = tonumber(known[1])
   reserved[b] = tonumber(known[2])
   -- The command may have arrived before: what is held for this very call does not stand in its way.
   if known[3] then reserved[b] = reserved[b] - tonumber(known[3]) end
-  if spent + reserved[b] + cost > unpack_('<d', budget_limits, b * 8 - 7) then return {2, b, spent, reserved[b]} end
+  local at = b * 8 - 7
+  if spent + reserved[b] + unpack_('<d', costs, at) > unpack_('<d', cap_limits, at) then
+    return {2, b, spent, reserved[b]}
+  end
 end
 local had = scopes > 0 and call('HMGET', KEYS[buckets], unpack(ARGV, NAMES + 1)) or {}
 local blocked, wait_ms, blocked_limit, set = 0, 0, 0, {}
@@ -156,7 +159,8 @@ local reply = {blocked == 0 and 1 or 0, blocked, wait_ms, blocked_limit,
 
 -- Held anew also when the request id is known: what was held for it may have been given up for lost meanwhile.
 if blocked == 0 then
-  for b = 1, budgets do
+  for b = 1, caps do
+    local cost = unpack_('<d', costs, b * 8 - 7)
     call('HSET', KEYS[b + 1], 'r', format('%.0f', reserved[b] + cost), id, format('%.0f', cost))
   end
 end

@@ -1,9 +1,10 @@
-"""Rate limits and budgets: reserve what a call may use, settle what it did use. By script, exact across processes.
+"""Rate limits, budgets, allowances: reserve what a call may use, settle what it did. By script, exact across processes.
 
 When Redis is down: limits hold per process, at limit ÷ live gateways (`keys/local_quota.py`), so that all gateways
-together stay near the limit; calls under a hard budget are refused (QuotaUnverifiable). A settlement that cannot be
-sent is sent when Redis is back (100,000 commands of them at most; until then the reservation stays taken, which is the
-safe side). A Redis that has lost a budget is told by PostgreSQL what was spent before anything is admitted.
+together stay near the limit; calls under a hard budget are refused (QuotaUnverifiable); those under a plan's allowance
+go on, and are counted when Redis is back. A settlement that cannot be sent is sent when Redis is back (100,000 commands
+of them at most; until then the reservation stays taken, which is the safe side). A Redis that has lost a budget or an
+allowance is told by PostgreSQL what was used before anything is admitted.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import msgspec
 from core.database import DOWN
 from core.redis import Scripts
 from core.resp import RedisUnavailable, Reply, ScriptCall
-from keys.budgets import Budget, BudgetAuthority, period_bounds, seed_call
+from keys.allowances import NOTHING_COUNTED, Allowance, Counted
+from keys.budgets import period_bounds
+from keys.caps import Cap, CapAuthority, seed_call
 from keys.dimensions import DIMENSIONS
-from keys.errors import BudgetExhausted, QuotaUnverifiable, RateLimitReached, RequestTooLarge
+from keys.errors import BudgetExhausted, PlanLimitReached, QuotaUnverifiable, RateLimitReached, RequestTooLarge
 from keys.limits import QuotaPlan, Window, window_of
 from keys.local_quota import LocalQuota
 
@@ -28,22 +31,22 @@ from keys.local_quota import LocalQuota
 _SETTLED_AT_ONCE: Final = 128
 _EXHAUSTED: Final = 2
 _UNKNOWN: Final = 3
-# A call under several budgets may meet each of them for the first time.
-_SEEDS_MAX: Final = 10
+# A call under several budgets and allowances may meet each of them for the first time.
+_SEEDS_MAX: Final = 16
 # Calls that Redis had admitted before it forgot them are in PostgreSQL by then, unless that is slow: what is written
 # later, two seconds at most, is missing until `reconcile` finds it (docs/failure-modes.md).
 _SEED_PAUSE_SECONDS: Final = 0.05
 
 
 class Spend(NamedTuple):
-    """The most that a call can cost, and when it began: that says to which period of a budget it belongs."""
+    """The most that a call can cost, and when it began: that says to which period of a cap it belongs."""
 
     nano_usd_max: int
     started_ms: int
 
 
 NOTHING: Final = Spend(0, 0)
-"""What a call under no hard budget reserves."""
+"""What a call under no hard budget and no allowance reserves."""
 
 
 class Reservation(msgspec.Struct, eq=False):
@@ -53,7 +56,7 @@ class Reservation(msgspec.Struct, eq=False):
     plan: QuotaPlan
     tokens: int
     nano_usd_max: int = 0
-    budget_keys: tuple[bytes, ...] = ()
+    cap_keys: tuple[bytes, ...] = ()
     shown: Reply | None = None
     """The tightest limit of requests and of tokens, for the caller: see `keys.limits.window_of`."""
     is_local: bool = False
@@ -74,23 +77,23 @@ class Reservation(msgspec.Struct, eq=False):
 class Quota:
     """Reserves and settles. Counts how often the local fallback had to decide."""
 
-    def __init__(self, scripts: Scripts, local: LocalQuota, authority: BudgetAuthority | None = None) -> None:
+    def __init__(self, scripts: Scripts, local: LocalQuota, authority: CapAuthority | None = None) -> None:
         self._scripts = scripts
         self._local = local
         self._authority = authority
         self._seeding: dict[bytes, asyncio.Task[Exception | None]] = {}
-        self._settling: dict[QuotaPlan, list[tuple[Reservation, int, int]]] = {}
+        self._settling: dict[QuotaPlan, list[tuple[Reservation, int, bytes]]] = {}
         self.local_decisions = 0
 
     async def reserve(
         self, request_id: str, plan: QuotaPlan, prompt_tokens: int, output_tokens: int, spend: Spend = NOTHING
     ) -> Reservation:
-        """Set aside one request, its tokens, a slot and its cost, in every scope of *plan*, or nothing at all.
+        """Set aside one request, its tokens, a slot, its cost and its part of allowances, or nothing at all.
 
         The output's share is cut to the smallest token limit: an estimate must not refuse what could fit
         (BerriAI/litellm#29191). Redis down: decided by this process alone, at its share of the limit.
-        Errors: RateLimitReached; BudgetExhausted; QuotaUnverifiable; RequestTooLarge when the prompt alone can never
-        fit.
+        Errors: RateLimitReached; BudgetExhausted; PlanLimitReached; QuotaUnverifiable; RequestTooLarge when the prompt
+        alone can never fit.
         """
         tokens = prompt_tokens + output_tokens
         if tokens > plan.tokens_max:
@@ -99,9 +102,9 @@ class Quota:
                 raise RequestTooLarge(scope=plan.tokens_scope, limit_tokens=limit, requested_tokens=prompt_tokens)
             tokens = int(plan.tokens_max)
         reservation = Reservation(request_id, plan, tokens)
-        if plan.budgets:
+        if plan.caps:
             reservation.nano_usd_max = spend.nano_usd_max
-            reservation.budget_keys = plan.budget_keys(spend.started_ms)
+            reservation.cap_keys = plan.cap_keys(spend.started_ms)
         if plan.is_empty:
             return reservation
         if plan.denied_until_seconds:
@@ -114,18 +117,25 @@ class Quota:
         if reply is None:
             return reservation
         if reply[0] != 1:
-            raise _refusal(plan, reply, spend)
+            raise _refusal(reservation, reply, spend)
         reservation.shown = reply[4:]
         return reservation
 
-    async def _ask_with_seeds(self, reservation: Reservation, reply: Reply | None, spend: Spend) -> Reply | None:
-        """Tell Redis the budgets that it does not know, one after the other, and ask again. As `_ask`."""
+    async def _ask_with_seeds(self, reservation: Reservation, unknown: Reply, spend: Spend) -> Reply | None:
+        """Tell Redis the caps that it does not know, one after the other, and ask again. As `_ask`."""
         for _ in range(_SEEDS_MAX):
-            if reply is None or reply[0] != _UNKNOWN:
-                break
-            await self._seed(reservation.plan, reply[1] - 1, spend)
+            try:
+                await self._seed(reservation.plan, unknown[1] - 1, spend)
+            except QuotaUnverifiable:
+                if reservation.plan.budgets:
+                    raise
+                return self._reserve_locally(reservation)
             reply = await self._ask(reservation)
-        return reply
+            if reply is None or reply[0] != _UNKNOWN:
+                return reply
+            unknown = reply
+        # Told and forgotten at once, again and again: that Redis is not to be relied upon.
+        return self._reserve_locally(reservation)
 
     async def _ask(self, reservation: Reservation) -> Reply | None:
         """Return what Redis says; None when this process had to decide, and admits the call."""
@@ -145,47 +155,62 @@ class Quota:
             raise
 
     async def _seed(self, plan: QuotaPlan, index: int, spend: Spend) -> None:
-        """Tell Redis what PostgreSQL knows of a budget: once for all calls of this process that meet it unknown.
+        """Tell Redis what PostgreSQL knows of a cap: once for all calls of this process that meet it unknown.
 
         A call may join a seed whose read of PostgreSQL has begun, although the pause before it was for calls that were
         admitted before this one came. It has reserved nothing yet, and asks again. As long as Redis does not know the
-        budget, nobody is admitted: so what is read is whole, and stays so until it is told. If another gateway was
-        faster, and has admitted calls that were not read, Redis knows the budget, and what is told changes nothing. If
+        cap, nobody is admitted: so what is read is whole, and stays so until it is told. If another gateway was
+        faster, and has admitted calls that were not read, Redis knows the cap, and what is told changes nothing. If
         it has forgotten it once more since, then what is told lacks them whoever joins: the one who began would tell
         the same, and a later seed of the joining call's own would change nothing either.
 
         A call that is cancelled leaves the others their seed. A failure is told to all who wait for it, and the next
         call tries anew. Errors: QuotaUnverifiable when either store is down.
         """
-        authority, budget = self._authority, plan.budgets[index]
+        authority, cap = self._authority, plan.caps[index]
         if authority is None:
             raise QuotaUnverifiable
-        key = plan.budget_keys(spend.started_ms)[index]
+        key = plan.cap_keys(spend.started_ms)[index]
         seeding = self._seeding.get(key)
         if seeding is None:
             moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
-            seeding = asyncio.create_task(self._tell(authority, budget, moment))
+            seeding = asyncio.create_task(self._tell(authority, cap, moment))
             self._seeding[key] = seeding
             seeding.add_done_callback(lambda _: self._seeding.pop(key))
         failure = await asyncio.shield(seeding)
         if failure is not None:
             raise QuotaUnverifiable from failure
 
-    async def _tell(self, authority: BudgetAuthority, budget: Budget, moment: datetime) -> Exception | None:
+    async def _tell(self, authority: CapAuthority, cap: Cap, moment: datetime) -> Exception | None:
         """Read what PostgreSQL knows of the period around *moment*, and tell Redis. Returns why it could not."""
-        starts_at = period_bounds(budget.period, moment)[0]
+        starts_at = period_bounds(cap.period, moment)[0]
         await asyncio.sleep(_SEED_PAUSE_SECONDS)
         try:
-            standing = await authority.standing(budget, starts_at)
-            await self._scripts.run(seed_call(budget, starts_at, standing, moment))
+            standing = await authority.standing(cap, starts_at)
+            await self._scripts.run(seed_call(cap, starts_at, standing, moment))
         except (*DOWN, RedisUnavailable) as error:
             return error
         return None
 
-    def settle(self, reservation: Reservation, tokens_used: int | None, nano_usd: int = 0) -> None:
-        """Give back what was reserved and not used, and the slot; charge the budgets. Idempotent; never waits or fails.
+    async def reserve_one(self, request_id: str, allowance: Allowance, started_ms: int) -> Reservation:
+        """Set aside one unit of an allowance, and nothing else: for what is no call to a model.
 
-        None keeps the tokens as reserved. More than reserved leaves the buckets in debt.
+        Settle it with `Counted(1)` when it has happened and PostgreSQL knows. Errors: PlanLimitReached.
+        """
+        plan = QuotaPlan(allowance.organization_id, [], [allowance])
+        return await self.reserve(request_id, plan, 0, 0, Spend(0, started_ms))
+
+    def settle(
+        self,
+        reservation: Reservation,
+        tokens_used: int | None,
+        nano_usd: int = 0,
+        counted: Counted = NOTHING_COUNTED,
+    ) -> None:
+        """Give back what was reserved and not used, and the slot; charge the caps. Idempotent; never waits or fails.
+
+        *nano_usd* and *counted* are what the ledger says: budgets are charged the one, allowances the other. No
+        *tokens_used* (None) keeps the tokens as reserved. More than reserved leaves the buckets in debt.
         """
         if reservation.is_settled:
             return
@@ -197,8 +222,10 @@ class Quota:
         # Also after a local decision: Redis may have run a reservation whose answer came too late.
         if not self._settling:
             asyncio.get_running_loop().call_soon(self.flush)
-        settled = (reservation, -1 if tokens_used is None else tokens_used, nano_usd)
-        self._settling.setdefault(reservation.plan, []).append(settled)
+        plan = reservation.plan
+        amounts = plan.amounts(nano_usd, counted) if plan.caps else b""
+        settled = (reservation, -1 if tokens_used is None else tokens_used, amounts)
+        self._settling.setdefault(plan, []).append(settled)
 
     def flush(self) -> None:
         """Send what was settled in this tick of the event loop: the calls of one plan in one command."""
@@ -228,17 +255,24 @@ class Quota:
         reservation.is_local = True
 
 
-def _refusal(plan: QuotaPlan, reply: Reply, spend: Spend) -> Exception:
+def _refusal(reservation: Reservation, reply: Reply, spend: Spend) -> Exception:
+    plan = reservation.plan
     if reply[0] == 0:
         return _denied(plan, reply)
-    if reply[0] == _UNKNOWN:
-        # Told and forgotten at once, again and again: that Redis is not to be relied upon.
-        return QuotaUnverifiable()
-    budget = plan.budgets[reply[1] - 1]
-    moment = datetime.fromtimestamp(spend.started_ms / 1000, UTC)
-    ends_at = None if budget.period == "total" else period_bounds(budget.period, moment)[1]
-    left = budget.limit_nano_usd - reply[2] - reply[3]
-    return BudgetExhausted(budget.scope, budget.period, left, spend.nano_usd_max, ends_at)
+    cap = plan.caps[reply[1] - 1]
+    used = reply[2] + reply[3]
+    ends_at = period_bounds(cap.period, datetime.fromtimestamp(spend.started_ms / 1000, UTC))[1]
+    if isinstance(cap, Allowance):
+        needed = _taken(reservation).of(cap.unit)
+        return PlanLimitReached(cap.unit, cap.limit, cap.limit - used, needed, ends_at)
+    left = cap.limit_nano_usd - used
+    renewed_at = None if cap.period == "total" else ends_at
+    return BudgetExhausted(cap.scope, cap.period, left, spend.nano_usd_max, renewed_at)
+
+
+def _taken(reservation: Reservation) -> Counted:
+    """Return what a call holds of allowances until it ends."""
+    return Counted(1, reservation.tokens)
 
 
 def _denied(plan: QuotaPlan, reply: Reply) -> RateLimitReached:
@@ -267,21 +301,21 @@ def _deny_again(plan: QuotaPlan) -> None:
 def _call(reservation: Reservation, act: bytes, amount: int) -> ScriptCall:
     plan = reservation.plan
     request_id = reservation.request_id.encode()
-    keys = (plan.record_prefix + request_id, *reservation.budget_keys)
-    most = reservation.nano_usd_max
-    return ScriptCall(plan.shape, keys, (act, request_id, _number(amount), _number(most) if most else b"0"))
+    keys = (plan.record_prefix + request_id, *reservation.cap_keys)
+    most = plan.amounts(reservation.nano_usd_max, _taken(reservation)) if plan.caps else b""
+    return ScriptCall(plan.shape, keys, (act, request_id, _number(amount), most))
 
 
-def _settlement(plan: QuotaPlan, settled: list[tuple[Reservation, int, int]]) -> ScriptCall:
+def _settlement(plan: QuotaPlan, settled: list[tuple[Reservation, int, bytes]]) -> ScriptCall:
     keys: list[bytes] = []
     arguments = [b"%d" % len(settled)]
-    for reservation, used, nano_usd in settled:
+    for reservation, used, amounts in settled:
         request_id = reservation.request_id.encode()
         keys.append(plan.record_prefix + request_id)
-        arguments += (request_id, _number(used), _number(nano_usd) if nano_usd else b"0")
-    if plan.budgets:
+        arguments += (request_id, _number(used), amounts)
+    if plan.caps:
         for reservation, _, _ in settled:
-            keys += reservation.budget_keys
+            keys += reservation.cap_keys
     return ScriptCall(plan.settle_shape, tuple(keys), tuple(arguments))
 
 

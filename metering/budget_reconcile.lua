@@ -1,10 +1,10 @@
--- Put right what Redis holds of one budget in one period, by what PostgreSQL knows.
+-- Put right what Redis holds of one cap (a budget, an allowance) in one period, by what PostgreSQL knows.
 --
--- KEYS[1]  the budget, as keys/quota.lua has it
--- ARGV[1]  nano-USD charged, in PostgreSQL, before the reservations were looked at
--- ARGV[2]  by how many nano-USD Redis had counted more than PostgreSQL knew afterwards: corrections have taken them away
+-- KEYS[1]  the cap, as keys/quota.lua has it
+-- ARGV[1]  what was used, in PostgreSQL, before the reservations were looked at
+-- ARGV[2]  by how much Redis had counted more than PostgreSQL knew afterwards: corrections have taken it away
 -- ARGV[3]  a mark: white space    ARGV[4], ARGV[5], ARGV[6] …  request id, what was held for it when that was looked at,
---          and nano-USD charged of a call that has ended or was given up; nothing if it is only to be marked as seen
+--          and what a call that has ended or was given up has used; nothing if it is only to be marked as seen
 --
 -- Answers how many were taken out. What is no longer held as it was seen was settled meanwhile, or reserved anew under
 -- the same id, which writes the number without any mark: it stays.

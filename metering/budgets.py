@@ -18,10 +18,10 @@ from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.database import Database
 from core.ids import OrganizationId, new_id
 from core.money import NanoUsd
-from keys.budgets import Budget, Standing, budget_of, period_bounds
+from keys.budgets import Budget, budget_of, period_bounds
+from keys.caps import Standing
 from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope
 from keys.errors import BudgetInvalid, TenantNotFound
 from keys.lifecycle import record_change, require_scope_target
@@ -46,35 +46,28 @@ class BudgetStanding(msgspec.Struct, frozen=True, kw_only=True):
     ends_at: datetime | None
 
 
-class SpentBudgets:
-    """Tells gateways what PostgreSQL knows: `keys.budgets.BudgetAuthority`."""
+async def standing_of(session: AsyncSession, budget: Budget, starts_at: datetime) -> Standing:
+    """Return what was charged in the period that began at *starts_at*, and what its running calls may still be.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
-    async def standing(self, budget: Budget, starts_at: datetime) -> Standing:
-        """Return what was charged in the period that began at *starts_at*, and what its running calls may still be.
-
-        One statement: a call is in one of the two, whenever it ends. Errors: those of `core.database.DOWN`.
-        """
-        scope = getattr(UsageIntentRow, _SCOPES[budget.scope])
-        held = (
-            select(func.array_agg(UsageIntentRow.request_id), func.array_agg(UsageIntentRow.reserved_nano_usd))
-            .where(
-                UsageIntentRow.organization_id == budget.organization_id,
-                scope == budget.scope_id,
-                UsageIntentRow.started_at >= starts_at,
-            )
-            .subquery()
+    One statement: a call is in one of the two, whenever it ends.
+    """
+    scope = getattr(UsageIntentRow, _SCOPES[budget.scope])
+    held = (
+        select(func.array_agg(UsageIntentRow.request_id), func.array_agg(UsageIntentRow.reserved_nano_usd))
+        .where(
+            UsageIntentRow.organization_id == budget.organization_id,
+            scope == budget.scope_id,
+            UsageIntentRow.started_at >= starts_at,
         )
-        spent = (
-            select(BudgetPeriodRow.spent_nano_usd)
-            .where(BudgetPeriodRow.budget_id == budget.id, BudgetPeriodRow.starts_at == starts_at)
-            .scalar_subquery()
-        )
-        async with self._database.transaction() as session:
-            row = (await session.execute(select(spent, held))).one()
-        return Standing(row[0] or 0, tuple(zip(row[1] or (), row[2] or (), strict=True)))
+        .subquery()
+    )
+    spent = (
+        select(BudgetPeriodRow.spent_nano_usd)
+        .where(BudgetPeriodRow.budget_id == budget.id, BudgetPeriodRow.starts_at == starts_at)
+        .scalar_subquery()
+    )
+    row = (await session.execute(select(spent, held))).one()
+    return Standing(row[0] or 0, tuple(zip(row[1] or (), row[2] or (), strict=True)))
 
 
 async def set_budget(

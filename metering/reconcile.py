@@ -1,9 +1,9 @@
-"""What Redis holds of budgets is put right here by what PostgreSQL knows (`metering/budgets.py`): a worker's doing."""
+"""What Redis holds of budgets and allowances is put right here by what PostgreSQL knows: a worker's doing."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any, Final, NamedTuple
@@ -15,13 +15,13 @@ from sqlalchemy import cast as cast_to
 from core.clock import Clock
 from core.database import Database
 from core.ids import moment_of
-from keys.budgets import Budget, budget_of, period_bounds, state_key
-from keys.tables import BudgetRow
-from metering.budgets import charged_in
+from keys.allowances import NOTHING_COUNTED, Counted
+from keys.caps import Cap
+from metering import allowances, caps
+from metering.caps import CapPeriod, Pages
 from metering.tables import LedgerEntryRow, UsageIntentRow
 
 _RECONCILE: Final = files("metering").joinpath("budget_reconcile.lua").read_text()
-_PAGE_BUDGETS: Final = 200
 # Within 2.6 s of its reservation a call's intent is durable, or the call refused: half a second for Redis's answer
 # (`core.resp`), two and a look every 0.1 s for the intent (`metering.ledger`). The rest is for an event loop and a
 # PostgreSQL that are held up. A worker's rounds are 5 s apart: the second of two is enough.
@@ -88,104 +88,112 @@ class Rounds:
 
 
 class _Known(NamedTuple):
-    """What PostgreSQL knows of calls that Redis holds, and of the budgets that hold them, in one snapshot."""
+    """What PostgreSQL knows of calls that Redis holds, and of the caps that hold them, in one snapshot."""
 
-    ended: dict[str, int]
-    """What they were charged, in nano-USD."""
-    running: set[str]
     charged: dict[str, int]
+    """What those that have ended were charged, in nano-USD."""
+    counted: dict[str, Counted]
+    """What they count for."""
+    running: set[str]
+    spent: dict[bytes, int]
+
+    def amount(self, cap: Cap, request_id: str) -> int | None:
+        """Return what a call that has ended took of *cap*; None if it has not."""
+        charge = self.charged.get(request_id)
+        return None if charge is None else caps.amount(cap, charge, self.counted.get(request_id, NOTHING_COUNTED))
 
 
-async def reconcile(database: Database, redis: Redis, clock: Clock, rounds: Rounds) -> int:
-    """Put right what Redis holds of every budget; return how many reservations were settled for others.
+async def reconcile(
+    database: Database, redis: Redis, clock: Clock, rounds: Rounds, pages: Pages = caps.budget_pages
+) -> int:
+    """Put right what Redis holds of caps; return how many reservations were settled for others.
 
-    Of soft ones too, if Redis knows them: it has not counted since they were hard, and they may become so again.
+    Of soft budgets and unlimited units too, if Redis knows them: it has not counted since they held, and they may
+    again.
 
     What two of the *rounds* have seen held for a call that does not run is charged what the ledger says, or given back
     if the ledger says nothing and the id is a minute old; and Redis knows as much as PostgreSQL then.
 
-    Errors: what either store raises. The pages of budgets before that are done; the next round does the rest.
+    Errors: what either store raises. The pages of caps before that are done; the next round does the rest.
     """
     rounds.begin()
     count = 0
-    async for page in _budgets(database):
+    async for page in pages(database):
         count += await _reconcile_page(database, redis, clock, rounds, page)
     rounds.end()
     return count
 
 
-async def _reconcile_page(database: Database, redis: Redis, clock: Clock, rounds: Rounds, page: list[Budget]) -> int:
+async def _reconcile_page(database: Database, redis: Redis, clock: Clock, rounds: Rounds, page: list[Cap]) -> int:
     now = clock.now()
-    starts = {budget.id: period_bounds(budget.period, now)[0] for budget in page}
-    keys = {budget.id: state_key(budget, starts[budget.id]) for budget in page}
-    # In this order. What was charged before the reservations are read is settled in Redis, or still reserved and found
+    periods = await _known_to(redis, [CapPeriod.around(cap, now) for cap in page])
+    if not periods:
+        return 0
+    # In this order. What was spent before the reservations are read is settled in Redis, or still reserved and found
     # among them; and what Redis has counted by then is all in PostgreSQL afterwards.
     async with database.transaction() as session:
-        charged_before = await charged_in(session, starts)
-    # Not as transactions: in a cluster, each organization's budgets may live on another node.
-    reading: Any = redis.pipeline(transaction=False)
-    for key in keys.values():
-        reading.hgetall(key)
-    read: list[dict[bytes, bytes]] = await reading.execute()
-    states = {budget_id: state for budget_id, state in zip(keys, read, strict=True) if b"s" in state}
-    if not states:
-        return 0
-    held = {name.decode() for state in states.values() for name in state if len(name) > 1}
-    known = await _read_known(database, list(held), {budget_id: starts[budget_id] for budget_id in states})
+        spent_before = await caps.spent_in(session, periods)
+    read = await _read_states(redis, periods)
+    states = [(one, state) for one, state in zip(periods, read, strict=True) if b"s" in state]
+    held = {name.decode() for _, state in states for name in state if len(name) > 1}
+    known = await _read_known(database, list(held), [one for one, _ in states])
+    # Not as transactions: in a cluster, each organization's caps may live on another node.
     writing: Any = redis.pipeline(transaction=False)
-    for budget_id, state in states.items():
-        settled, charged_later = _judge(keys[budget_id], state, known, rounds, now - _ABANDONED_AFTER)
+    for one, state in states:
+        settled, spent_later = _judge(one, state, known, rounds, now - _ABANDONED_AFTER)
         spent = int(state[b"s"])
-        least = charged_before.get(budget_id, 0) - charged_later
-        excess = max(0, spent - known.charged.get(budget_id, 0))
+        least = spent_before.get(one.key, 0) - spent_later
+        excess = max(0, spent - known.spent.get(one.key, 0))
         if settled or excess or spent < least:
-            writing.eval(_RECONCILE, 1, keys[budget_id], least, excess, rounds.mark, *settled)
+            writing.eval(_RECONCILE, 1, one.key, least, excess, rounds.mark, *settled)
     return sum(map(int, await writing.execute()))
 
 
+async def _known_to(redis: Redis, periods: list[CapPeriod]) -> list[CapPeriod]:
+    """Return those of which Redis knows anything: of most organizations' plans that is nothing."""
+    asking: Any = redis.pipeline(transaction=False)
+    for one in periods:
+        asking.exists(one.key)
+    return [one for one, is_known in zip(periods, await asking.execute(), strict=True) if is_known]
+
+
+async def _read_states(redis: Redis, periods: list[CapPeriod]) -> list[dict[bytes, bytes]]:
+    reading: Any = redis.pipeline(transaction=False)
+    for one in periods:
+        reading.hgetall(one.key)
+    return await reading.execute()
+
+
 def _judge(
-    key: bytes, state: Mapping[bytes, bytes], known: _Known, rounds: Rounds, oldest: datetime
+    period: CapPeriod, state: Mapping[bytes, bytes], known: _Known, rounds: Rounds, oldest: datetime
 ) -> tuple[list[bytes | int], int]:
-    """Return the script's arguments for what is held and does not run, and what was charged of that which stays held.
+    """Return the script's arguments for what is held and does not run, and what was spent of that which stays held.
 
     The latter counts as spent when it is taken out, not before.
     """
     arguments: list[bytes | int] = []
-    charged_later = 0
+    spent_later = 0
     for name, value in state.items():
         request_id = name.decode()
         if len(name) == 1 or request_id in known.running:
             continue
-        charge = known.ended.get(request_id)
-        if charge is None and moment_of(request_id) >= oldest:
+        spent = known.amount(period.cap, request_id)
+        if spent is None and moment_of(request_id) >= oldest:
             continue
-        if rounds.have_seen((key, name), value):
-            arguments += (name, value, charge or 0)
+        place = (period.key, name)
+        if rounds.have_seen(place, value):
+            arguments += (name, value, spent or 0)
             continue
-        charged_later += charge or 0
+        spent_later += spent or 0
         is_marked = not value.isdigit()
         if not is_marked:
             arguments += (name, value, b"")
-        rounds.see((key, name), value if is_marked else value + rounds.mark)
-    return arguments, charged_later
+        rounds.see(place, value if is_marked else value + rounds.mark)
+    return arguments, spent_later
 
 
-async def _budgets(database: Database) -> AsyncIterator[list[Budget]]:
-    """Yield every budget, a page at a time: nothing is held open while Redis is asked."""
-    last = ""
-    while True:
-        async with database.transaction() as session:
-            statement = select(BudgetRow).where(BudgetRow.id > last).order_by(BudgetRow.id)
-            page = [budget_of(row) for row in await session.scalars(statement.limit(_PAGE_BUDGETS))]
-        if page:
-            yield page
-        if len(page) < _PAGE_BUDGETS:
-            return
-        last = page[-1].id
-
-
-async def _read_known(database: Database, held: list[str], starts: Mapping[str, datetime]) -> _Known:
-    """Return what is known of the calls *held*, and of the budgets in the periods that began then."""
+async def _read_known(database: Database, held: list[str], periods: list[CapPeriod]) -> _Known:
+    """Return what is known of the calls *held*, and of the caps in these periods."""
     ids = any_(cast_to(held, ARRAY(Text)))
     charged = (
         select(LedgerEntryRow.request_id, func.sum(LedgerEntryRow.charge_nano_usd))
@@ -196,5 +204,9 @@ async def _read_known(database: Database, held: list[str], starts: Mapping[str, 
     async with database.transaction() as session:
         # One snapshot for all: a call that ends meanwhile is still running in it.
         await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
-        ended = {row[0]: int(row[1]) for row in await session.execute(charged)}
-        return _Known(ended, set(await session.scalars(running)), await charged_in(session, starts))
+        return _Known(
+            {row[0]: int(row[1]) for row in await session.execute(charged)},
+            await allowances.ended(session, ids),
+            set(await session.scalars(running)),
+            await caps.spent_in(session, periods),
+        )

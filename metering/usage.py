@@ -46,6 +46,11 @@ class Units(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
         """Every token that came out."""
         return self.output_tokens + self.reasoning_tokens + self.output_audio_tokens + self.output_image_tokens
 
+    @property
+    def all_tokens(self) -> int:
+        """Every token: what a plan's allowance counts."""
+        return self.all_input_tokens + self.all_output_tokens
+
 
 class Media(NamedTuple):
     """What a call takes that no token counts, estimated before it has ended: what is known if it never does."""

@@ -24,6 +24,7 @@ from core.settings import Settings
 from gateway.catalog_file import CatalogFile
 from inference.catalog import Catalog
 from inference.upstreams.http1_messages import parse_base_url
+from metering.billing.plans import Plans
 from metering.prices import missing_prices
 
 _FILES_MIN: Final = 4_096
@@ -44,18 +45,26 @@ class Finding(msgspec.Struct, frozen=True):
 
 def examine(settings: Settings) -> list[Finding]:
     """Return what was found, stores first."""
+    configuration, catalog_file = _configuration(settings)
     findings = [_files()]
     try:
         with embedded.stores(settings) as stores:
-            findings += asyncio.run(_stores(stores))
+            findings += asyncio.run(_stores(stores, catalog_file))
     except embedded.EmbeddedUnavailable as error:
         findings.append(Finding("stores", "failed", str(error)))
+    findings.append(configuration)
+    return findings if catalog_file is None else findings + asyncio.run(_providers(catalog_file.catalog))
+
+
+def _configuration(settings: Settings) -> tuple[Finding, CatalogFile | None]:
     try:
-        catalog = CatalogFile(settings.config_path, os.environ).catalog
+        catalog_file = CatalogFile(settings.config_path, os.environ)
     except ConfigurationInvalid as error:
-        return [*findings, Finding("configuration", "failed", "; ".join(error.problems))]
-    findings.append(Finding("configuration", "ok", f"{len(catalog.models)} models, {len(catalog.providers)} providers"))
-    return findings + asyncio.run(_providers(catalog))
+        return Finding("configuration", "failed", "; ".join(error.problems)), None
+    catalog = catalog_file.catalog
+    return Finding(
+        "configuration", "ok", f"{len(catalog.models)} models, {len(catalog.providers)} providers"
+    ), catalog_file
 
 
 def _files() -> Finding:
@@ -65,7 +74,7 @@ def _files() -> Finding:
     return Finding("open files", "ok", str(soft))
 
 
-async def _stores(stores: embedded.Stores) -> list[Finding]:
+async def _stores(stores: embedded.Stores, catalog_file: CatalogFile | None) -> list[Finding]:
     database = Database(stores.database_url, connections_max=1)
     try:
         found = [
@@ -76,6 +85,8 @@ async def _stores(stores: embedded.Stores) -> list[Finding]:
         ]
         if any(one.check == "schema" and one.result == "ok" for one in found):
             found.append(await _look("prices", lambda: _prices(database)))
+            if catalog_file is not None:
+                found.append(await _look("plans", lambda: _plans(database, catalog_file.plans)))
     finally:
         await database.close()
     return found
@@ -136,6 +147,15 @@ async def _prices(database: Database) -> Finding:
         shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
         return Finding("prices", "warning", f"used without a price: {shown}; see `aap prices missing`")
     return Finding("prices", "ok", f"of {count} models")
+
+
+async def _plans(database: Database, plans: Plans) -> Finding:
+    async with database.transaction() as session:
+        used = await session.scalars(text("SELECT DISTINCT plan FROM organizations WHERE plan IS NOT NULL"))
+        unknown = sorted(name for name in used if plans.find(name) is None)
+    if unknown:
+        return Finding("plans", "warning", f"not in aap.toml, nothing is limited by them: {', '.join(unknown)}")
+    return Finding("plans", "ok", f"{len(plans.by_name)} in aap.toml")
 
 
 async def _providers(catalog: Catalog) -> list[Finding]:

@@ -14,6 +14,7 @@ from gateway.cli.usage import range_options
 
 _DRIFT_COLUMNS = ("what", "where", "expected", "found")
 _REDIS_COLUMNS = ("scope", "scope_id", "spent_usd", "spent_in_redis_usd", "reserved_usd", "held_usd", "without_call")
+_ALLOWANCE_COLUMNS = ("organization_id", "unit", "used", "used_in_redis", "reserved", "held", "without_call")
 _reason_option = click.option(
     "--reason", required=True, help="Why: one line, kept with the entry. Customers do not see it."
 )
@@ -70,7 +71,7 @@ def verify_ledger(no_rates: bool, as_json: bool) -> None:
     """Work out anew, for all organizations, what must agree: entries, windows, budgets, running calls, prices.
 
     Nothing is changed. Exit code 1 when something does not agree. Calls may go on meanwhile: what is read is the state
-    of one moment. Hard budgets in Redis are shown beside it, and may differ for moments while calls run.
+    of one moment. Hard budgets and allowances in Redis are shown beside it, and may differ for moments while calls run.
     """
     from gateway.cli import ledger_verify
 
@@ -90,10 +91,13 @@ def _print_verification(report: Any) -> None:
     )
     show(report.drifts, _DRIFT_COLUMNS, as_json=False, empty="Everything agrees.")
     if report.budgets_in_redis is None:
-        click.echo("Redis did not answer: hard budgets there were not looked at.", err=True)
+        click.echo("Redis did not answer: hard budgets and allowances there were not looked at.", err=True)
     elif differing := [row for row in report.budgets_in_redis if not row.agrees]:
         click.echo("Hard budgets in Redis that differ; while calls run they may, for moments:")
         show(differing, _REDIS_COLUMNS, as_json=False, empty="")
+    if differing := [row for row in report.allowances_in_redis or () if not row.agrees]:
+        click.echo("Allowances in Redis that differ; while calls run they may, for moments:")
+        show(differing, _ALLOWANCE_COLUMNS, as_json=False, empty="")
 
 
 @ledger_command.command("adjust")

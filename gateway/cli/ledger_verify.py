@@ -12,7 +12,7 @@ from core.clock import SystemClock
 from core.money import usd_text
 from gateway.cli.stores import Stores, on_stores
 from metering.verify import Drift, verify
-from metering.verify_redis import compare
+from metering.verify_redis import compare, compare_allowances
 
 # A long ledger takes minutes to read, and nobody waits for this process.
 _STATEMENT_SECONDS_MAX: Final = 6 * 3600.0
@@ -34,8 +34,21 @@ class RedisLine(msgspec.Struct, frozen=True, kw_only=True):
     agrees: bool
 
 
+class AllowanceLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One unit of a plan as PostgreSQL and Redis have it."""
+
+    organization_id: str
+    unit: str
+    used: int
+    used_in_redis: int
+    reserved: int
+    held: int
+    without_call: int
+    agrees: bool
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was looked at, and what does not agree. *budgets_in_redis* is None when Redis did not answer."""
+    """What was looked at, and what does not agree. What is *in_redis* is None when Redis did not answer."""
 
     entries: int
     windows: int
@@ -44,6 +57,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     rated: int
     drifts: list[Drift]
     budgets_in_redis: list[RedisLine] | None
+    allowances_in_redis: list[AllowanceLine] | None
 
 
 def verify_all(*, rerate: bool) -> Report:
@@ -52,7 +66,11 @@ def verify_all(*, rerate: bool) -> Report:
     async def act(stores: Stores) -> Report:
         overdue = timedelta(seconds=stores.settings.ledger.lease_seconds) + _SWEPT_WITHIN
         found = await verify(stores.database, rerate=rerate, overdue=overdue)
-        return Report(**msgspec.structs.asdict(found), budgets_in_redis=await _in_redis(stores))
+        return Report(
+            **msgspec.structs.asdict(found),
+            budgets_in_redis=await _in_redis(stores),
+            allowances_in_redis=await _allowances_in_redis(stores),
+        )
 
     return on_stores(act, statement_seconds_max=_STATEMENT_SECONDS_MAX)
 
@@ -71,6 +89,26 @@ async def _in_redis(stores: Stores) -> list[RedisLine] | None:
             spent_in_redis_usd=usd_text(one.spent_in_redis_nano_usd),
             reserved_usd=usd_text(one.reserved_in_redis_nano_usd),
             held_usd=usd_text(one.held_nano_usd),
+            without_call=one.without_call,
+            agrees=one.agrees,
+        )
+        for one in found
+    ]
+
+
+async def _allowances_in_redis(stores: Stores) -> list[AllowanceLine] | None:
+    try:
+        found = await compare_allowances(stores.database, stores.redis, SystemClock())
+    except RedisError:
+        return None
+    return [
+        AllowanceLine(
+            organization_id=one.organization_id,
+            unit=one.unit,
+            used=one.used,
+            used_in_redis=one.used_in_redis,
+            reserved=one.reserved_in_redis,
+            held=one.held,
             without_call=one.without_call,
             agrees=one.agrees,
         )

@@ -12,6 +12,7 @@ from gateway.cli.common import fail, json_option, print_json, show
 from keys.plans import PLAN_LIMITS
 
 _COLUMNS = ("plan", "title", "usd_per_month", "trial_days", "is_default", *PLAN_LIMITS)
+_USAGE_COLUMNS = ("unit", "used", "limit", "renews_at")
 
 
 class _Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +53,21 @@ def print_example(as_json: bool) -> None:
         print_json({"toml": EXAMPLE})
     else:
         click.echo(EXAMPLE, nl=False)
+
+
+@plans_command.command("usage")
+@click.argument("org")
+@json_option
+def show_usage(org: str, as_json: bool) -> None:
+    """Show what an organization has used of its plan this month, in UTC. Calls that still run are not in it."""
+    from gateway.cli import plan_acts
+
+    usage = plan_acts.usage(org)
+    if as_json:
+        print_json(usage)
+        return
+    click.echo(f"Plan: {usage.plan or 'none'}")
+    show(usage.allowances, _USAGE_COLUMNS, as_json=False, empty="")
 
 
 def _rows() -> list[Any]:

@@ -23,9 +23,12 @@ UNSCOPED_QUERIES = {
     ("keys/revocation.py", "_poll"): "gateways follow every organization's changes",
     ("keys/revocation.py", "_newest"): "gateways follow every organization's changes",
     ("metering/adjustments.py", "_usage"): "an operator names only the call",
-    ("metering/budgets.py", "standing"): "the budget names its organization",
+    ("metering/allowances.py", "used_of"): "a worker puts right every organization's",
+    ("metering/allowances.py", "ended"): "a worker puts right every organization's",
+    ("metering/allowances.py", "standing_of"): "the allowance names its organization",
+    ("metering/budgets.py", "standing_of"): "the budget names its organization",
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
-    ("metering/reconcile.py", "_budgets"): "a worker puts right every organization's",
+    ("metering/caps.py", "budget_pages"): "a worker puts right every organization's",
     ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
     ("metering/verify_redis.py", "compare"): "the operator is shown every organization's budgets",
@@ -34,7 +37,7 @@ UNSCOPED_QUERIES = {
 NOT_OURS = {".git", ".venv", ".data", ".peers", ".hypothesis", ".ruff_cache", "node_modules"}
 TENANT_ROWS = {
     *("ProjectRow", "KeyRow", "KeySecretRow", "RateLimitRow", "KeyChangeRow"),
-    *("BudgetRow", "UsageIntentRow", "LedgerEntryRow", "SpendWindowRow"),
+    *("BudgetRow", "UsageIntentRow", "LedgerEntryRow", "SpendWindowRow", "AllowanceEventRow"),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from core.configuration import ConfigurationFile, ConfigurationInvalid, resolve_secret, unknown_names
 from gateway.catalog_file import CatalogFile, parse
+from gateway.plan_file import PlanFile
 from keys.dimensions import LIMIT_MAX
 from keys.limits import DEFAULT_ORGANIZATION_LIMITS, RateLimits
 
@@ -44,6 +45,34 @@ class TestReload:
         assert times_taken_over(catalog_file) == 1
         assert list(catalog_file.catalog.models) == ["two"]
         assert catalog_file.limits.organization.requests_per_minute == 6
+
+    def test_plans_are_taken_over_with_the_rest_or_not_at_all(self, tmp_path: Path) -> None:
+        path, good = tmp_path / "aap.toml", GOOD.format(model="one", limit=5)
+        write(path, good + "[plans.p.limits]\nagents = 1\n")
+        catalog_file = CatalogFile(path, {})
+        for more, taken, agents in (
+            ("[plans.p.limits]\nagents = 2\n", 1, 2),
+            ("[plans.p.limits]\nagent = 3\n", 0, 2),
+            ("", 1, None),
+        ):
+            write(path, good + more)
+            assert times_taken_over(catalog_file) == taken
+            limits = catalog_file.plans.limits_of("p")
+            assert (limits.agents if limits else None) == agents
+
+    def test_a_worker_reads_plans_and_needs_no_providers_secret(self, tmp_path: Path) -> None:
+        path, good = tmp_path / "aap.toml", '[providers.p]\nkind = "openai"\napi_key = "env:NOT_HERE"\n[plans.one]\n'
+        write(path, good)
+        plan_file = PlanFile(path)
+        assert list(plan_file.plans().by_name) == ["one"]
+        for text, names in (
+            (good + "[plans.two]", ["one", "two"]),
+            ("[plans.Three]", ["one", "two"]),
+            ("[", ["one", "two"]),
+        ):
+            write(path, text)
+            assert [list(plan_file.plans().by_name) for _ in range(4)][-1] == names
+        assert list(PlanFile(path).plans()) == []
 
     def test_a_file_that_is_still_being_written_is_left_alone(self, tmp_path: Path) -> None:
         path = tmp_path / "aap.toml"
@@ -136,6 +165,8 @@ class TestProblems:
                     },
                     "models": {"m": {"deploymnets": []}},
                     "limits": {"key": {"requests_per_minute": 0, "tokens_per_day": LIMIT_MAX + 1}},
+                    "plans": {"p": {"titles": "P", "limits": {"tokens_per_month": -1}}},
+                    "billing": {"default_plan": "q"},
                 },
                 {},
             )
@@ -148,6 +179,9 @@ class TestProblems:
             "models.m.deploymnets: unknown, did you mean deployments?",
             "limits.key.requests_per_minute: expected a whole number from 1",
             "limits.key.tokens_per_day",
+            "plans.p.titles: unknown, did you mean title?",
+            "plans.p.limits.tokens_per_month: expected a whole number from 0",
+            "billing.default_plan: q: unknown",
         ):
             assert expected in text
 

@@ -77,6 +77,21 @@ class TestRefused:
 
 
 class TestStillWorks:
+    async def test_an_answer_that_was_kept_is_given_again(
+        self, place: Place, provider: FakeProvider, tenant: Tenant
+    ) -> None:
+        request = post(PATH, tenant.key, chat(), "idempotency-key: kept")
+        first = await call(place.port, request)
+        await set_to(place, tenant, "suspended")
+        again = await call(place.port, request)
+        assert (first.status, again.status, again.body) == (200, 200, first.body)
+        assert len(provider.received) == 1
+
+    async def test_models_can_be_listed(self, place: Place, tenant: Tenant) -> None:
+        await set_to(place, tenant, "suspended")
+        head = f"GET /v1/models HTTP/1.1\r\nhost: t\r\nauthorization: Bearer {tenant.key}\r\n\r\n"
+        assert (await call(place.port, head.encode())).status == 200
+
     async def test_what_was_used_can_be_read(self, place: Place, database: Database, stores: TestStores) -> None:
         admin = await new_tenant(database, stores.pepper, NewKey(name="books", scopes=ADMIN_SCOPES))
         await set_to(place, admin, "suspended")

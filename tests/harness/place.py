@@ -72,9 +72,9 @@ class Place:
 
 @asynccontextmanager
 async def open_place(
-    stores: TestStores, base_url: str, directory: Path, prices: Mapping[str, PriceTerms | None]
+    stores: TestStores, base_url: str, directory: Path, prices: Mapping[str, PriceTerms | None], more: str = ""
 ) -> AsyncIterator[Place]:
-    """A gateway in front of the provider at *base_url*, with these models at these prices."""
+    """A gateway in front of the provider at *base_url*, with these models at these prices, and *more* of aap.toml."""
     database = Database(stores.database_url)
     redis = Redis.from_url(stores.redis_url)
     writer = Writer(stores.database_url, statement_seconds_max=10)
@@ -82,7 +82,7 @@ async def open_place(
         for model, terms in prices.items():
             if terms is not None:
                 await add_price(session, model, terms)
-    async with Gateway(stores, directory, config_for(base_url, models=tuple(prices))) as gateway:
+    async with Gateway(stores, directory, config_for(base_url, models=tuple(prices), more=more)) as gateway:
         yield Place(gateway, database, redis, writer)
     await writer.close()
     await redis.aclose()

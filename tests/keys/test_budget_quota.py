@@ -16,7 +16,8 @@ from core.ids import KeyId, OrganizationId, new_id
 from core.money import NanoUsd
 from core.redis import scripts_for
 from core.resp import RedisUnavailable
-from keys.budgets import Budget, Standing, period_bounds, state_key
+from keys.budgets import Budget, period_bounds
+from keys.caps import Cap, Standing, state_key
 from keys.errors import BudgetExhausted, QuotaUnverifiable, RateLimitReached
 from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
@@ -31,9 +32,9 @@ class Books:
         self.standings: dict[str, Standing] = {}
         self.asked = 0
 
-    async def standing(self, budget: Budget, starts_at: datetime) -> Standing:
+    async def standing(self, cap: Cap, starts_at: datetime) -> Standing:
         self.asked += 1
-        return self.standings.get(budget.id, Standing(0, ()))
+        return self.standings.get(cap.id, Standing(0, ()))
 
 
 class Place:
@@ -167,7 +168,7 @@ class TestForgotten:
         await place.reserve(plan, 20)
         assert place.books.asked == 1
         # The call that was running when Redis forgot it is charged when it ends, by whichever gateway.
-        place.quota.settle(Reservation(running, plan, 2, 30, plan.budget_keys(now_ms())), 2, 12)
+        place.quota.settle(Reservation(running, plan, 2, 30, plan.cap_keys(now_ms())), 2, 12)
         await place.settled()
         state = await place.state(budget)
         assert (state[b"s"], state[b"r"]) == (b"62", b"20")
@@ -186,7 +187,7 @@ class TestForgotten:
             await place.reserve(plan, 1)
 
     async def test_postgresql_down_refuses_rather_than_guesses(self, place: Place) -> None:
-        async def down(budget: Budget, starts_at: datetime) -> Standing:
+        async def down(cap: Cap, starts_at: datetime) -> Standing:
             raise ConnectionRefusedError
 
         place.books.standing = down  # type: ignore[method-assign]
@@ -208,9 +209,9 @@ class SlowBooks(Books):
         super().__init__()
         self.is_asked, self.may_answer, self.is_down = asyncio.Event(), asyncio.Event(), False
 
-    async def standing(self, budget: Budget, starts_at: datetime) -> Standing:
+    async def standing(self, cap: Cap, starts_at: datetime) -> Standing:
         self.is_asked.set()
-        found = await super().standing(budget, starts_at)
+        found = await super().standing(cap, starts_at)
         await self.may_answer.wait()
         if self.is_down:
             raise ConnectionRefusedError
@@ -332,7 +333,7 @@ async def test_a_call_from_before_midnight_belongs_to_that_day_also_when_it_come
     day_ms = 86_400_000
     midnight_ms = now_ms() // day_ms * day_ms
     plan = QuotaPlan(place.organization_id, [], [place.budget(100, "day")])
-    before, after = plan.budget_keys(midnight_ms - 1), plan.budget_keys(midnight_ms)
+    before, after = plan.cap_keys(midnight_ms - 1), plan.cap_keys(midnight_ms)
     assert before != after
-    assert plan.budget_keys(midnight_ms - 1) == before
-    assert plan.budget_keys(midnight_ms + 1) == after
+    assert plan.cap_keys(midnight_ms - 1) == before
+    assert plan.cap_keys(midnight_ms + 1) == after

@@ -13,7 +13,8 @@ from sqlalchemy import select
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
 from core.money import NanoUsd
 from core.settings import Pepper
-from keys.budgets import budget_of, period_bounds, state_key
+from keys.budgets import budget_of, period_bounds
+from keys.caps import state_key
 from keys.dimensions import BudgetPeriod, BudgetScope
 from keys.errors import TenantNotFound
 from keys.tables import BudgetRow

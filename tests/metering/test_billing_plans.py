@@ -71,7 +71,7 @@ class TestProblems:
         default_plan = "fre"
         grace_day = 3
         [plans.free]
-        titel = "Free"
+        titles = "Free"
         price_usd_per_month = 9.5
         trial_days = -1
         [plans.free.limits]
@@ -85,7 +85,7 @@ class TestProblems:
         for expected in (
             "billing.default_plan: fre: unknown, did you mean free?",
             "billing.grace_day: unknown, did you mean grace_days?",
-            "plans.free.titel: unknown, did you mean title?",
+            "plans.free.titles: unknown, did you mean title?",
             "plans.free.price_usd_per_month: expected US dollars",
             "plans.free.trial_days: expected a whole number from 0",
             "plans.free.limits.chat_requests_per_mont: unknown, did you mean chat_requests_per_month?",

@@ -21,12 +21,14 @@ from core.ids import new_id
 from core.money import NanoUsd
 from core.redis import connect, scripts_for
 from core.settings import LedgerSettings, Pepper
-from keys.budgets import Budget, budget_of, period_bounds, state_key
+from keys.budgets import Budget, budget_of, period_bounds
+from keys.caps import state_key
 from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.quota import Quota, Reservation, Spend
 from keys.tables import BudgetRow
-from metering.budgets import SpentBudgets, set_budget
+from metering.budgets import set_budget
+from metering.caps import SpentCaps
 from metering.entries import INTEND, LOST, SETTLE, intend_arguments, settle_arguments
 from metering.reconcile import ROUNDS_APART_SECONDS, Rounds, reconcile
 from metering.verify_redis import compare
@@ -96,7 +98,7 @@ async def place(own: OwnBooks, stores: TestStores, redis: Redis) -> AsyncIterato
         )
         budget = budget_of((await session.scalars(select(BudgetRow))).one())
     await own.books.run(SETTLE, *settle_arguments([own.books.entry(cost=100)]))
-    quota = Quota(scripts, LocalQuota(SystemClock(), lambda: 1), SpentBudgets(own.database))
+    quota = Quota(scripts, LocalQuota(SystemClock(), lambda: 1), SpentCaps(own.database))
     yield Place(own, redis, quota, budget)
     await scripts.close()
 

@@ -10,7 +10,8 @@ from sqlalchemy import select
 
 from core.clock import SystemClock
 from core.money import NanoUsd
-from keys.budgets import budget_of, period_bounds, state_key
+from keys.budgets import budget_of, period_bounds
+from keys.caps import state_key
 from keys.tables import BudgetRow
 from metering.budgets import set_budget
 from metering.entries import INTEND, SETTLE, intend_arguments, settle_arguments

@@ -19,7 +19,8 @@ from core.database import DOWN, Database
 from core.ids import new_id
 from core.money import NanoUsd
 from core.settings import LedgerSettings
-from keys.budgets import budget_of, period_bounds, state_key
+from keys.budgets import budget_of, period_bounds
+from keys.caps import state_key
 from keys.tables import BudgetRow
 from metering import partitions
 from metering.budgets import set_budget

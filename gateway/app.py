@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Coroutine
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import structlog
 from litestar import Litestar, Request, Response
 from litestar.datastructures import State
 from litestar.di import Provide
-from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException, ValidationException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,7 +28,7 @@ from gateway.errors import (
 )
 from gateway.http1.asgi import serve_asgi
 from gateway.http1.request import HttpRequest
-from gateway.routes import health, ledger, metrics, models, usage
+from gateway.routes import billing, health, ledger, metrics, models, stripe_webhook, usage
 from gateway.routes.dependencies import provide_principal, provide_runtime
 from gateway.routes.openapi import WholeDocument
 from gateway.runtime import Runtime
@@ -58,8 +58,11 @@ class Application:
 def create_site(runtime: Runtime) -> Litestar:
     """Return the routes that are not hot."""
     hot = {path.decode(): endpoint for path, endpoint in runtime.hot.endpoints.items()}
+    routes = [*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *billing.ROUTES, *health.ROUTES, *metrics.ROUTES]
+    # Without a signing secret anybody could tell us anything: there is no such route then.
+    inbound = stripe_webhook.ROUTES if runtime.settings.stripe.webhook_secrets else ()
     return Litestar(
-        route_handlers=[*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *health.ROUTES, *metrics.ROUTES],
+        route_handlers=[*routes, *inbound],
         state=State({"runtime": runtime}),
         dependencies={
             "runtime": Provide(provide_runtime, sync_to_thread=False),
@@ -127,6 +130,18 @@ def _known(request: Request[Any, Any, Any], error: Exception) -> Exception:
         return MethodNotAllowed((error.headers or {}).get("allow", "GET"))
     if isinstance(error, HTTPException) and error.status_code == 413:
         return BodyTooLarge(_BODY_BYTES_MAX)
+    if isinstance(error, ValidationException):
+        return _unfit(error)
     if isinstance(error, HTTPException) and error.status_code < 500:
         return Invalid("Invalid request.")
     return error
+
+
+def _unfit(error: ValidationException) -> Invalid:
+    """Name what is wrong with a body, as msgspec has it: the field, and what was expected of it."""
+    found = cast("list[dict[str, Any]]", error.extra) if isinstance(error.extra, list) else []
+    for fault in found:
+        field = redact(str(fault.get("key", "")))[:64] or None
+        message = redact(str(fault.get("message", "")))[:300]
+        return Invalid(f"Invalid '{field}': {message}." if field else f"Invalid body: {message}.", param=field)
+    return Invalid("Invalid request.")

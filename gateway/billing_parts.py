@@ -20,16 +20,12 @@ _log = structlog.get_logger(__name__)
 class BillingParts:
     """The acts of organizations, and the inbox. Either is there only where its secret is."""
 
-    def __init__(
-        self, settings: StripeSettings, database: Database, clock: Clock, plans: Callable[[], Plans]
-    ) -> None:
+    def __init__(self, settings: StripeSettings, database: Database, clock: Clock, plans: Callable[[], Plans]) -> None:
         self._secrets = settings.webhook_secrets
         self._api = StripeApi(settings, clock) if settings.api_key is not None else None
         self._inbox = Inbox(database)
         self.customers = (
-            None
-            if self._api is None
-            else Customers(database, self._api, clock, plans, test_clock=settings.test_clock)
+            None if self._api is None else Customers(database, self._api, clock, plans, test_clock=settings.test_clock)
         )
 
     async def receive(self, body: bytes, signature: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from datetime import timedelta
+from importlib import import_module
 from typing import Final
 
 import structlog
@@ -48,7 +49,10 @@ async def work(settings: Settings) -> None:
         SystemClock(),
         plans=PlanFile(settings.config_path).plans,
     )
-    metering_task = asyncio.create_task(metering.run())
+    tasks = [asyncio.create_task(metering.run())]
+    if settings.stripe.api_key is not None:
+        run_billing = import_module("gateway.billing_worker").run
+        tasks.append(asyncio.create_task(run_billing(settings, PlanFile(settings.config_path).plans)))
     _log.info("worker.started")
     while not stop.is_set():
         pause_seconds = _PRUNE_SECONDS
@@ -65,8 +69,9 @@ async def work(settings: Settings) -> None:
                 await stop.wait()
         except TimeoutError:
             continue
-    metering_task.cancel()
-    await asyncio.gather(metering_task, return_exceptions=True)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
     await redis.aclose()
     await database.close()
     _log.info("worker.stopped")

@@ -22,7 +22,7 @@ from keys import secrets
 from keys.dimensions import DIMENSIONS, LimitScope
 from keys.errors import KeyRevoked, TenantNotFound
 from keys.limits import RateLimits
-from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
+from keys.scopes import ALL_SCOPES, INFERENCE_SCOPES
 from keys.tables import KeyChangeRow, KeyRow, KeySecretRow, OrganizationRow, ProjectRow, RateLimitRow
 
 # Serialises the writers of key_changes (they are rare), so that sequences become visible in order and none is skipped.
@@ -43,7 +43,7 @@ class NewKey(msgspec.Struct, frozen=True, kw_only=True):
         unknown = sorted(set(self.scopes) - set(ALL_SCOPES))
         if unknown:
             raise ValueError(f"unknown scopes: {', '.join(unknown)}; known are {', '.join(ALL_SCOPES)}")
-        if set(self.scopes) & set(ADMIN_SCOPES) and set(self.scopes) & set(INFERENCE_SCOPES):
+        if set(self.scopes) & set(INFERENCE_SCOPES) and set(self.scopes) - set(INFERENCE_SCOPES):
             raise Invalid("A key is for calling models or for administration, not for both.", param="scopes")
         for network in self.ip_networks or ():
             ipaddress.ip_network(network, strict=False)

@@ -33,6 +33,8 @@ _COMMANDS: Final = {
     "usage": ("usage", "Show what was used and what it is charged."),
     "ledger": ("ledger", "Export, check and correct the ledger."),
     "prices": ("prices", "Show, set and import prices."),
+    "stripe": ("stripe", "Put plans up for sale, report usage, and compare with Stripe."),
+    "wallet": ("wallet", "Show and add prepaid credit."),
     "models": ("models", "List the models of the catalog and their deployments."),
     "import": ("models", "Convert another gateway's configuration."),
     "version": ("serving", "Print the version."),

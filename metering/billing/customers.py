@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -32,7 +31,6 @@ from metering.billing.errors import (
     PaymentRefused,
     PlanNotForSale,
     PlanUnknown,
-    ReturnAddressInvalid,
     StripeFailed,
     StripeRefused,
     TopUpInvalid,
@@ -42,6 +40,7 @@ from metering.billing.outbox import request_flush
 from metering.billing.ownership import keep_customer
 from metering.billing.plans import Plan, Plans
 from metering.billing.prepaid import TOP_UP_METADATA
+from metering.billing.returning import ReturnPages, check_url
 from metering.billing.standing import LIVE
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import ORGANIZATION_METADATA, Checkout, Subscription
@@ -51,13 +50,6 @@ TOP_UP_CENTS_MIN: Final = 500
 TOP_UP_CENTS_MAX: Final = 99_999_999
 """Stripe takes eight digits."""
 _log = structlog.get_logger(__name__)
-
-
-class ReturnPages(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a customer's browser goes after paying, and after not paying."""
-
-    success_url: str
-    cancel_url: str
 
 
 class Customers:
@@ -111,7 +103,7 @@ class Customers:
 
         Errors: PlanUnknown, PlanNotForSale, AlreadySubscribed, ReturnAddressInvalid, TenantNotFound.
         """
-        _check(pages)
+        pages.check()
         plan = self._sold(plan_name)
         async with self._database.transaction() as session:
             if await _live(session, organization_id=organization_id) is not None:
@@ -144,7 +136,7 @@ class Customers:
 
     async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:
         """Return a page where the organization buys credit. Errors: TopUpInvalid, ReturnAddressInvalid."""
-        _check(pages)
+        pages.check()
         if not TOP_UP_CENTS_MIN <= cents <= TOP_UP_CENTS_MAX:
             raise TopUpInvalid(TOP_UP_CENTS_MIN, TOP_UP_CENTS_MAX)
         customer_id = await self.customer_of(organization_id)
@@ -166,7 +158,7 @@ class Customers:
 
     async def portal(self, organization_id: OrganizationId, return_url: str) -> str:
         """Return the address of the page where cards, plan and invoices are. Errors: ReturnAddressInvalid."""
-        _check_url(return_url, "return_url")
+        check_url(return_url, "return_url")
         customer_id = await self.customer_of(organization_id)
         with _asking_stripe():
             return await self._api.create_portal(customer_id, return_url)
@@ -287,17 +279,6 @@ async def _require_live(session: AsyncSession, *, organization_id: OrganizationI
     if row is None:
         raise NotSubscribed
     return row
-
-
-def _check(pages: ReturnPages) -> None:
-    _check_url(pages.success_url, "success_url")
-    _check_url(pages.cancel_url, "cancel_url")
-
-
-def _check_url(url: str, param: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or len(url) > 2_000:
-        raise ReturnAddressInvalid(param)
 
 
 @contextmanager

@@ -230,6 +230,16 @@ def _spread(organization_id: str) -> timedelta:
     return timedelta(seconds=zlib.crc32(organization_id.encode()) % _SPREAD_SECONDS)
 
 
+async def bring_forward(
+    session: AsyncSession, now: datetime, *, is_flush: bool, only: OrganizationId | None = None
+) -> None:
+    """Make everything due now, or that of one organization; with *is_flush* the present hour's usage too."""
+    statement = update(MeterCursorRow).values(next_at=func.least(MeterCursorRow.next_at, now))
+    if only is not None:
+        statement = statement.where(MeterCursorRow.organization_id == only)
+    await session.execute(statement.values(is_flush_due=True) if is_flush else statement)
+
+
 async def request_flush(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:
     """Have everything of an organization reported now: an invoice is being drawn up."""
     await session.execute(

@@ -10,6 +10,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
 from core.ids import OrganizationId
+from core.money import usd_text
+from keys.budgets import period_bounds
 from metering.billing import marks, prepaid, wallet
 from metering.billing.standing import LIVE
 from metering.billing.tables import (
@@ -23,6 +25,8 @@ from metering.billing.tables import (
     WalletPostingRow,
     WalletTransferRow,
 )
+from metering.billing.windows import hour_of
+from metering.tables import SpendWindowRow
 
 
 class SubscriptionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +114,14 @@ class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
     invoice_id: str
     reported: int
     invoiced: int
+
+
+class PresentCharge(msgspec.Struct, frozen=True, kw_only=True):
+    """What was charged in a period so far, from the hour in which it began."""
+
+    charge_usd: str
+    starts_at: datetime
+    ends_at: datetime
 
 
 class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,6 +225,27 @@ async def wallet_of(session: AsyncSession, limit: int, *, organization_id: Organ
         top_up_cents=None if customer is None else customer.top_up_cents,
         transfers=transfers,
     )
+
+
+async def present_charge(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> PresentCharge:
+    """Return what was charged since the present period began: the subscription's, or else the calendar month."""
+    row = await session.scalar(
+        select(SubscriptionRow)
+        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.status.in_(LIVE))
+        .order_by(SubscriptionRow.started_at.desc())
+        .limit(1)
+    )
+    starts_at, ends_at = period_bounds("month", now)
+    if row is not None and row.period_starts_at <= now:
+        starts_at, ends_at = row.period_starts_at, row.period_ends_at
+    total = await session.scalar(
+        select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
+            SpendWindowRow.organization_id == organization_id,
+            SpendWindowRow.seconds == 3600,
+            SpendWindowRow.starts_at >= hour_of(starts_at),
+        )
+    )
+    return PresentCharge(charge_usd=usd_text(int(total or 0)), starts_at=starts_at, ends_at=ends_at)
 
 
 async def reconciliation(session: AsyncSession, limit: int = 100) -> ReconciliationView:

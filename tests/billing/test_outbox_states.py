@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncGenerator
 from datetime import timedelta
@@ -14,6 +15,7 @@ from sqlalchemy import text
 
 from core.database import Database
 from core.ids import OrganizationId
+from metering.billing.errors import StripeFailed
 from metering.billing.export import Exporter
 from metering.billing.outbox import claim
 from metering.billing.stripe_objects import MeterEvent
@@ -137,10 +139,8 @@ async def _send_again(place: BillingPlace, organization_id: OrganizationId) -> N
             value=value,
             occurred_at=event_at,
         )
-        try:
+        with contextlib.suppress(StripeFailed):
             await place.api.send_meter_event(event)
-        except Exception as error:
-            assert getattr(error, "is_duplicate", True), error
 
 
 async def _let_settle(place: BillingPlace, organization_id: OrganizationId) -> None:

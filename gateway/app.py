@@ -75,6 +75,8 @@ def create_site(runtime: Runtime) -> Litestar:
             path="/openapi.json",
             render_plugins=[WholeDocument(hot)],
         ),
+        # Litestar's own would send what libraries log around our scrubbing (core/telemetry.py).
+        logging_config=None,
         request_max_body_size=_BODY_BYTES_MAX,
         debug=False,
     )

@@ -78,7 +78,7 @@ def read_body(body: bytes) -> Event:
         source: Any = msgspec.json.decode(body)
         event = read_event(source)
         return msgspec.convert(msgspec.to_builtins(event), Event)
-    except (msgspec.DecodeError, msgspec.ValidationError, KeyError, TypeError, ValueError, AttributeError):
+    except (msgspec.MsgspecError, LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError):
         raise EventUnreadable from None
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -83,7 +83,7 @@ async def _twin(port: int) -> AsyncGenerator[str]:
 
 @pytest.mark.parametrize("is_streamed", [True, False], ids=["streamed", "one by one"])
 async def test_many_windows_are_reported_at_a_sandboxs_rate(
-    filled: Database, is_streamed: bool, unused_tcp_port: int
+    filled: Database, is_streamed: bool, unused_tcp_port: int, record_property: Callable[[str, object], None]
 ) -> None:
     """Guarantee: every window once, in bounded memory, and whoever waits sees how far it is."""
     organizations, hours = (_ORGANIZATIONS, _HOURS) if is_streamed else (5, 20)
@@ -108,11 +108,11 @@ async def test_many_windows_are_reported_at_a_sandboxs_rate(
             started = time.monotonic()
             exporter = Exporter(filled, api, SystemClock(), stream_above=settings.stream_above)
             done = await exporter.round(lambda now: seen.append(msgspec.structs.replace(now)))
-            print(f"{done.acked} reports in {time.monotonic() - started:.1f} s")
+            record_property("reports_per_second", done.acked / (time.monotonic() - started))
             assert (done.problem, done.acked, done.refused) == (None, organizations * hours, 0)
             assert psutil.Process().memory_info().rss - before < _GROWTH_BYTES_MAX
             assert [one.acked for one in seen] == sorted(one.acked for one in seen)
-            assert len(seen) > 1
+            assert len(seen) > 1 or not is_streamed
             await _compare(api, customers, hours, since)
         finally:
             await api.close()

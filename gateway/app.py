@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Coroutine
 from typing import Any, Final, cast
@@ -36,6 +37,7 @@ from keys.secrets import redact
 
 _FIXED_HEADERS: Final = ((b"openai-version", b"2020-10-01"), (b"x-content-type-options", b"nosniff"))
 _BODY_BYTES_MAX: Final = 1024 * 1024
+_FIELD: Final = re.compile(r"field `(\w{1,64})`")
 _log = structlog.get_logger(__name__)
 
 
@@ -143,7 +145,10 @@ def _unfit(error: ValidationException) -> Invalid:
     """Name what is wrong with a body, as msgspec has it: the field, and what was expected of it."""
     found = cast("list[dict[str, Any]]", error.extra) if isinstance(error.extra, list) else []
     for fault in found:
-        field = redact(str(fault.get("key", "")))[:64] or None
         message = redact(str(fault.get("message", "")))[:300]
+        key = str(fault.get("key", ""))
+        # Of a field that is missing or unknown, msgspec tells the object and names the field in the message.
+        named = _FIELD.search(message) if key in {"", "data"} else None
+        field = named[1] if named else redact(key)[:64] or None
         return Invalid(f"Invalid '{field}': {message}." if field else f"Invalid body: {message}.", param=field)
     return Invalid("Invalid request.")

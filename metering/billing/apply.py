@@ -32,6 +32,7 @@ _LEASE: Final = timedelta(minutes=2)
 _CAUGHT_UP: Final = "events"
 _OVERLAP: Final = timedelta(minutes=10)
 """Events are listed by when they were made, and may appear a little later."""
+_INVOICES_BACK: Final = timedelta(days=70)
 _KEPT: Final = timedelta(days=30)
 """How long Stripe lists events."""
 _log = structlog.get_logger(__name__)
@@ -171,8 +172,11 @@ class Applier:
             await marks.set_moment(session, _CAUGHT_UP, now)
         return stored
 
-    async def look_at_customers(self, only: OrganizationId | None = None) -> int:
-        """Read the subscriptions of all customers, or of one; return how many there are."""
+    async def look_at_customers(self, only: OrganizationId | None = None, *, with_invoices: bool = False) -> int:
+        """Read the subscriptions of all customers, or of one; return how many there are.
+
+        *with_invoices* reads those of the last weeks too: events tell of them, and Stripe keeps events for 30 days.
+        """
         statement = select(BillingCustomerRow.stripe_customer_id).where(
             BillingCustomerRow.stripe_customer_id.is_not(None)
         )
@@ -185,7 +189,16 @@ class Applier:
             read_at = await self._read_at()
             for subscription in await self._api.list_subscriptions(customer_id or ""):
                 found += await self.keep(subscription, read_at) is not None
+            if with_invoices:
+                await self._look_at_invoices(customer_id or "")
         return found
+
+    async def _look_at_invoices(self, customer_id: str) -> None:
+        read_at = await self._read_at()
+        for invoice in await self._api.list_invoices(customer_id, self._clock.now() - _INVOICES_BACK):
+            whole = await self._api.get_invoice(invoice.id) if invoice.has_more_lines else invoice
+            async with self._database.transaction() as session:
+                await keep_invoice(session, whole, read_at=read_at, now=self._clock.now())
 
     async def look_at_overdue(self) -> int:
         """Do what only time brings: periods that are over are read anew, days of grace end. Returns how many."""

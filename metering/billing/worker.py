@@ -24,6 +24,7 @@ from metering.billing.reconcile import Reconciler
 from metering.billing.stripe_api import StripeApi
 from metering.billing.top_up import TopUps
 
+_DAY_SECONDS: Final = 86_400.0
 _FAILURES: Final = (StripeFailed, *DOWN)
 _log = structlog.get_logger(__name__)
 
@@ -106,7 +107,8 @@ class BillingWorker:
     async def reconcile(self) -> None:
         """Compare subscriptions and sums with Stripe's."""
         if await self._is_turn("reconcile", self._pace.reconcile_seconds):
-            await self._applier.look_at_customers()
+            is_daily = await self._is_turn("invoices", _DAY_SECONDS)
+            await self._applier.look_at_customers(with_invoices=is_daily)
             found = await self._reconciler.round()
             _log.info("billing.reconciled", hours=found.hours, repaired=found.repaired, alerts=found.alerts)
 

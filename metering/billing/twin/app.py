@@ -20,6 +20,7 @@ from metering.billing.twin.idempotency import IdempotencyKeys
 from metering.billing.twin.journal import Entry, Journal
 from metering.billing.twin.limits import MeterLocks, RequestRate
 from metering.billing.twin.options import TwinOptions
+from metering.billing.twin.parameters import refuse_unknown
 from metering.billing.twin.resources import checkout, test_clocks
 from metering.billing.twin.resources.catalogue import ROUTES
 from metering.billing.twin.routing import Call, Route, Router
@@ -114,6 +115,7 @@ class Twin:
             raise StripeError(404, message, code=None)
         ticket.route, names = found
         ticket.params = request.params()
+        refuse_unknown(ticket.route, ticket.params)
         ticket.call = Call(names=names, fields=Fields(ticket.params), url=request.path, bearer=request.bearer)
         key = request.headers.get("idempotency-key")
         if key and request.method == "POST":

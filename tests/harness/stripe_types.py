@@ -70,7 +70,9 @@ def _problems(value: Any, hint: Any, path: str, *, is_form: bool) -> list[str]: 
     if origin in {typing.NotRequired, typing_extensions.NotRequired, typing.Required, typing_extensions.Required}:
         return _problems(value, arguments[0], path, is_form=is_form)
     if origin in {Union, types.UnionType}:
-        tried = [_problems(value, one, path, is_form=is_form) for one in _closed(arguments)]
+        # A wrong map is told as such, and not as a wrong word.
+        fitting = [one for one in _closed(arguments) if not (isinstance(value, dict) and get_origin(one) is Literal)]
+        tried = [_problems(value, one, path, is_form=is_form) for one in fitting or arguments]
         return [] if [] in tried else min(tried, key=len)
     if origin is Literal:
         words = [str(one).lower() if isinstance(one, bool) else str(one) for one in arguments]

@@ -36,7 +36,7 @@ class TestDuplicates:
         shop = await shop_at(place)
         await shop.use(5, identifier="org:usage:12:0")
         error = await refused(shop.use(5, identifier="org:usage:12:0"))
-        assert (error.http_status, error.code) == (400, "resource_already_exists")
+        assert (error.http_status, error.code, error.param) == (400, None, "identifier")
         assert "org:usage:12:0" in error.user_message
         assert error.headers["stripe-should-retry"] == "false"
         assert await total(shop) == 5
@@ -44,7 +44,6 @@ class TestDuplicates:
     async def test_the_package_posts_a_refused_duplicate_once(self, place: Place) -> None:
         shop = await shop_at(place)
         await shop.use(5, identifier="once")
-        place.client._requestor._client  # noqa: B018 - the client exists
         before = len(place.twin.journal.entries)
         event = {"event_name": "usage", "payload": {"stripe_customer_id": shop.customer, "value": "5"}}
         asked = place.v1.billing.meter_events.create_async({**event, "identifier": "once"}, {"max_network_retries": 3})

@@ -136,6 +136,10 @@ class Twin:
         """Do the work of an admitted request, or repeat what was saved for it, and write the journal."""
         try:
             reply = self._replayed(ticket, ticket.reply) if ticket.reply is not None else self._work(ticket)
+        except BaseException:
+            if ticket.claimed_key:
+                self._keys.release(ticket.claimed_key)
+            raise
         finally:
             if ticket.lock is not None:
                 self._locks.release(ticket.lock)

@@ -81,8 +81,14 @@ def _refuse_what_cannot_be(world: World, wish: Wish) -> None:
         raise invalid("items", "All prices on a subscription must have the same `recurring.interval` in this twin.")
     if len({item.price["currency"] for item in wish.items}) > 1:
         raise invalid("items", "All prices on a subscription must have the same currency.")
-    if wish.trial_end is not None and wish.trial_end <= world.now(wish.customer):
-        raise invalid("trial_end", "The trial end must be in the future.")
+    now = world.now(wish.customer)
+    for name, at in (
+        ("trial_end", wish.trial_end),
+        ("billing_cycle_anchor", wish.anchor),
+        ("cancel_at", wish.cancel_at),
+    ):
+        if at is not None and at <= now:
+            raise invalid(name, f"The `{name}` must be in the future.")
 
 
 def _made(world: World, wish: Wish) -> Object:

@@ -14,6 +14,8 @@ from metering.billing.twin.resources.products import price_of
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
 
+# Stripe's limit: two years.
+TRIAL_DAYS_MAX = 730
 _PRORATIONS = ("create_prorations", "none", "always_invoice")
 
 
@@ -34,8 +36,8 @@ def wish_of(world: World, customer: str, fields: Fields, rows: list[Fields]) -> 
         customer=customer,
         items=[item_wish(world, row) for row in rows],
         trial_end=trial_end_of(world, customer, fields),
-        anchor=fields.whole("billing_cycle_anchor"),
-        cancel_at=fields.whole("cancel_at"),
+        anchor=None if fields.string("billing_cycle_anchor") == "now" else fields.moment("billing_cycle_anchor"),
+        cancel_at=fields.moment("cancel_at"),
         cancel_at_period_end=fields.flag("cancel_at_period_end") or False,
         default_payment_method=method,
         collection_method=fields.one_of("collection_method", "charge_automatically", "send_invoice")
@@ -74,8 +76,10 @@ def trial_end_of(world: World, customer: str, fields: Fields) -> int | None:
     """When the trial shall end, by date or by days; `now` is no trial."""
     days = fields.whole("trial_period_days")
     if days is not None:
+        if days > TRIAL_DAYS_MAX:
+            raise invalid("trial_period_days", f"The trial can have at most {TRIAL_DAYS_MAX} days.")
         return world.now(customer) + days * DAY_SECONDS if days > 0 else None
-    return None if fields.string("trial_end") == "now" else fields.whole("trial_end")
+    return None if fields.string("trial_end") == "now" else fields.moment("trial_end")
 
 
 def retrieve_subscription(world: World, call: Call) -> Object:
@@ -169,7 +173,7 @@ def _change_plain_fields(world: World, subscription: Object, fields: Fields) -> 
     if (at_end := fields.flag("cancel_at_period_end")) is not None:
         values |= _cancellation(world, subscription, at_end=at_end)
     if fields.has("cancel_at"):
-        values["cancel_at"] = fields.whole("cancel_at")
+        values["cancel_at"] = fields.moment("cancel_at")
         if values["cancel_at"]:
             world.plan(customer, values["cancel_at"], "subscription.cancel", subscription["id"])
     if fields.has("default_payment_method"):
@@ -201,14 +205,14 @@ def _pause_of(world: World, subscription: Object, fields: Fields) -> Object | No
         return None
     fields.must("behavior")
     behavior = fields.one_of("behavior", "keep_as_draft", "mark_uncollectible", "void")
-    resumes_at = fields.whole("resumes_at")
+    resumes_at = fields.moment("resumes_at")
     if resumes_at:
         world.plan(subscription["customer"], resumes_at, "subscription.resume_collection", subscription["id"])
     return {"behavior": behavior, "resumes_at": resumes_at}
 
 
 def _change_trial(world: World, subscription: Object, fields: Fields) -> Object:
-    end = fields.whole("trial_end") if fields.string("trial_end") != "now" else None
+    end = fields.moment("trial_end") if fields.string("trial_end") != "now" else None
     if end is None:
         return {}
     now = world.now(subscription["customer"])

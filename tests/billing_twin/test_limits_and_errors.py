@@ -50,6 +50,9 @@ class TestErrors:
         with pytest.raises(stripe.InvalidRequestError) as raised:
             await place.v1.customers.create_async({"colour": "red"})
         assert (raised.value.code, raised.value.param) == ("parameter_unknown", "colour")
+        with pytest.raises(stripe.InvalidRequestError) as raised:
+            await place.v1.subscriptions.create_async({"customer": "cus_1", "items": [{"prize": "price_1"}]})
+        assert (raised.value.code, raised.value.param) == ("parameter_unknown", "items[0][prize]")
 
     async def test_a_missing_parameter_is_named(self, place: Place) -> None:
         with pytest.raises(stripe.InvalidRequestError) as raised:

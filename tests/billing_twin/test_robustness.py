@@ -14,7 +14,7 @@ from hypothesis.strategies import DataObject, binary, data, dictionaries, lists,
 
 from core.clock import ManualClock
 from metering.billing.twin.app import Twin
-from metering.billing.twin.parameters import _KNOWN
+from metering.billing.twin.parameters import KNOWN
 from metering.billing.twin.resources.catalogue import ROUTES
 from metering.billing.twin.routing import Route
 from metering.billing.twin.wire import Request
@@ -28,7 +28,7 @@ WORDS = [
 
 
 def known_names(route: Route) -> list[str]:
-    return _KNOWN[f"{route.method} {route.path}"]
+    return KNOWN[f"{route.method} {route.path}"]
 
 
 def values(held: list[str]) -> Any:

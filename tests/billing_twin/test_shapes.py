@@ -54,7 +54,7 @@ def leaves(tree: Any) -> list[Any]:
 def test_parameters_are_those_of_the_stripe_package() -> None:
     """`python -m tests.harness.stripe_schema` writes the file anew."""
     assert json.loads(PARAMETERS.read_text()) == known_parameters(ROUTES)
-    assert parameters._KNOWN.keys() == {f"{route.method} {route.path}" for route in ROUTES}
+    assert parameters.KNOWN.keys() == {f"{route.method} {route.path}" for route in ROUTES}
 
 
 def test_the_twin_imports_nothing_of_ours_but_the_clock() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import stripe
+import typing_extensions
 from stripe import _object_classes
 from stripe._request_options import RequestOptions
 
@@ -87,15 +88,43 @@ def object_class(kind: str) -> Any:
     return _object_classes.get_object_class(api_mode, kind)
 
 
-def known_parameters(routes: list[Route]) -> dict[str, list[str]]:
-    """`POST /v1/customers` → the names that it takes, for `parameters.json` of the twin."""
+# Too large to be vendored, and nothing of it matters to the twin.
+_NOT_LOOKED_INTO = {"payment_method_options", "payment_method_data", "payment_details", "amount_details"}
+
+
+def known_parameters(routes: list[Route]) -> dict[str, Any]:
+    """`POST /v1/customers` → the names that it takes, nested, for `parameters.json` of the twin; true is any value."""
     classes = parameter_classes()
     return {
-        f"{route.method} {route.path}": sorted(hints_of(typed_dict)) if typed_dict is not None else []
+        f"{route.method} {route.path}": _names_in(typed_dict) if typed_dict is not None else {}
         for route in routes
         if (typed_dict := classes.get((route.method, nameless(route.path)), ...)) is not ...
     }
 
 
+def _names_in(typed_dict: Any) -> dict[str, Any]:
+    return {
+        name: True if name in _NOT_LOOKED_INTO else _names_below(hint)
+        for name, hint in sorted(hints_of(typed_dict).items())
+    }
+
+
+def _names_below(hint: Any) -> dict[str, Any] | bool:
+    """The names inside of a value of this type; true if it has none, or may have any."""
+    if typing_extensions.is_typeddict(hint):
+        return _names_in(hint)
+    if typing.get_origin(hint) is dict:
+        return True
+    below = [_names_below(one) for one in typing.get_args(hint) if not isinstance(one, str)]
+    return next((one for one in below if isinstance(one, dict)), True)
+
+
+def _written() -> str:
+    """One line per route: differences between versions of the package can be read."""
+    routes = sorted(known_parameters(ROUTES).items())
+    lines = (f"{json.dumps(route)}: {json.dumps(names, separators=(',', ':'))}" for route, names in routes)
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 if __name__ == "__main__":
-    PARAMETERS.write_text(json.dumps(known_parameters(ROUTES), indent=1, sort_keys=True) + "\n")
+    PARAMETERS.write_text(_written())

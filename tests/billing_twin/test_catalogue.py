@@ -113,6 +113,12 @@ class TestMeters:
 
 
 class TestCustomersAndPayments:
+    @pytest.mark.parametrize("card", ["pm_nothing", "pm_card_visa_chargeDeclined"])
+    async def test_a_customer_whose_card_is_refused_is_not_there(self, place: Place, card: str) -> None:
+        with pytest.raises(stripe.StripeError):
+            await place.v1.customers.create_async({"payment_method": card})
+        assert (await place.v1.customers.list_async()).data == []
+
     async def test_a_customer_is_changed_and_found(self, place: Place) -> None:
         made = await place.v1.customers.create_async(
             {"email": "a@example.com", "metadata": {"org": "1"}, "address": {"country": "DE"}, "balance": -500}

@@ -35,7 +35,9 @@ class TestErrors:
         assert (error.http_status, error.code, error.param) == (404, "resource_missing", "id")
         assert error.user_message == "No such customer: 'cus_nobody'"
         assert error.json_body["error"]["type"] == "invalid_request_error"
-        assert error.json_body["error"]["request_log_url"].endswith(error.request_id)
+        async with httpx.AsyncClient() as http:
+            logged = (await http.get(error.json_body["error"]["request_log_url"])).json()
+        assert (logged["request_id"], logged["status"]) == (error.request_id, 404)
 
     async def test_an_object_that_a_parameter_names_is_missing_with_400(self, place: Place) -> None:
         with pytest.raises(stripe.InvalidRequestError) as raised:

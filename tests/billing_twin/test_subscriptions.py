@@ -346,7 +346,19 @@ class TestSwaps:
         items = [{"id": item.id, "price": yearly.id}]
         made = await place.v1.subscriptions.update_async(shop.subscription, {"items": items})
         assert at(made["items"].data[0].current_period_end).year == 2028
-        assert (await shop.invoices())[0].subtotal >= 99_000 - 9_900
+        assert (await shop.invoices())[0].total == 99_000 - 9_900
+
+    async def test_a_refused_change_changes_nothing(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        before = (await shop.reread()).to_dict()
+        recurring = {"interval": "year"}
+        wish = {"product": shop.product, "currency": "usd", "unit_amount": 1, "recurring": recurring}
+        yearly = await place.v1.prices.create_async(wish)
+        for items in ([{"id": "si_nothing", "price": shop.plan}], [{"price": "price_nothing"}], [{"price": yearly.id}]):
+            change = {"cancel_at_period_end": True, "items": items}
+            with pytest.raises(stripe.InvalidRequestError):
+                await place.v1.subscriptions.update_async(shop.subscription, change)
+        assert (await shop.reread()).to_dict() == before
 
     async def test_items_come_and_go(self, place: Place) -> None:
         shop = await shop_at(place)

@@ -30,11 +30,12 @@ def change_item(world: World, subscription: Object, item: Object, wish: ItemWish
         return
     same_interval = interval_of(old) == interval_of(wish.price)
     running = subscription["status"] in {"active", "past_due"}
-    if prorates and running and same_interval:
+    if prorates and running:
         _prorate(world, subscription, item, -1, "Unused time on")
     set_price(item, wish.price)
     if wish.quantity is not None:
         item["quantity"] = wish.quantity
+    # With another interval a new period begins, which is billed whole.
     if prorates and running and same_interval:
         _prorate(world, subscription, item, 1, "Remaining time on")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from metering.billing.twin.engine import changing, entitlements, payments, standing, subscribing
 from metering.billing.twin.engine.cycle import cancel_with_usage
 from metering.billing.twin.engine.lines import interval_of, is_metered
-from metering.billing.twin.engine.subscribing import ItemWish, Wish, changed
+from metering.billing.twin.engine.subscribing import MIXED_INTERVALS, ItemWish, Wish, changed
 from metering.billing.twin.errors import Object, StripeError, invalid
 from metering.billing.twin.fields import Fields, merge_metadata
 from metering.billing.twin.listing import only, page
@@ -119,6 +119,7 @@ def update_subscription(world: World, call: Call) -> Object:
     if subscription["status"] in standing.ENDED:
         raise StripeError(404, f"No such subscription: '{call.id}'", code="resource_missing", param="id")
     behavior = fields.one_of("proration_behavior", *_PRORATIONS) or "create_prorations"
+    _check_items(world, subscription, fields.rows("items"))
     before = _change_plain_fields(world, subscription, fields)
     old_interval = interval_of(subscription["items"]["data"][0]["price"])
     if fields.has("items"):
@@ -139,6 +140,21 @@ def update_subscription(world: World, call: Call) -> Object:
     return subscription
 
 
+def _check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
+    """Refuse rows that cannot be, before anything is changed: unknown items and prices, and mixed intervals."""
+    prices = {item["id"]: item["price"] for item in subscription["items"]["data"]}
+    for index, row in enumerate(rows):
+        identity = row.string("id")
+        if identity is not None and identity not in prices:
+            raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
+        if row.has("price"):
+            prices[identity or f"new {index}"] = item_wish(world, row).price
+        if row.flag("deleted"):
+            prices.pop(identity or "", None)
+    if len({interval_of(price) for price in prices.values()}) > 1:
+        raise invalid("items", MIXED_INTERVALS)
+
+
 def change_items(world: World, subscription: Object, fields: Fields, *, prorates: bool) -> None:
     """Change, add and remove items as the rows of `items` say."""
     for row in fields.rows("items"):
@@ -146,9 +162,7 @@ def change_items(world: World, subscription: Object, fields: Fields, *, prorates
         if identity is None:
             changing.add(world, subscription, item_wish(world, row), prorates=prorates)
             continue
-        item = next((one for one in subscription["items"]["data"] if one["id"] == identity), None)
-        if item is None:
-            raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
+        item = next(one for one in subscription["items"]["data"] if one["id"] == identity)
         if row.flag("deleted"):
             changing.remove(world, subscription, item, prorates=prorates)
         else:

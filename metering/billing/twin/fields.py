@@ -22,7 +22,7 @@ def decode_form(text: str) -> Object:
         if len(parts) > _NESTING_MAX:
             raise invalid(root, "Parameters are nested too deeply.")
         _plant(tree, parts, value)
-    return cast("Object", _as_lists(tree))
+    return {name: _as_lists(value) for name, value in tree.items()}
 
 
 def _plant(tree: Object, parts: list[str], value: str) -> None:

@@ -147,7 +147,7 @@ def _check_items(world: World, subscription: Object, rows: list[Fields]) -> None
         identity = row.string("id")
         if identity is not None and identity not in prices:
             raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
-        if row.has("price"):
+        if row.has("price") or (identity is None and not row.has("price_data")):
             prices[identity or f"new {index}"] = item_wish(world, row).price
         if row.flag("deleted"):
             prices.pop(identity or "", None)

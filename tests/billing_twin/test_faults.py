@@ -140,6 +140,15 @@ class TestOverHttp:
         asked = {"customer": shop.customer, "event_name": "usage", "start": 0, "end": 2**40}
         assert (await http.get("meter_total", params=asked)).json() == {"total": 5}
 
+    async def test_a_session_is_paid(self, place: Place, http: httpx.AsyncClient) -> None:
+        price = {"currency": "usd", "unit_amount": 5, "product_data": {"name": "Credit"}}
+        wish = {"mode": "payment", "line_items": [{"price_data": price, "quantity": 1}]}
+        session = await place.v1.checkout.sessions.create_async(wish)
+        declining = {"session": session.id, "token": "pm_card_chargeCustomerFail"}
+        assert (await http.post("pay", json=declining)).json() == {"paid": False}
+        assert (await http.post("pay", json={"session": session.id})).json() == {"paid": True}
+        assert (await http.post("pay", json={"session": session.id})).status_code == 400
+
     async def test_webhooks_are_shown_paused_and_maltreated(self, place: Place, http: httpx.AsyncClient) -> None:
         await http.post("webhooks/pause")
         assert (await http.get("webhooks")).json()["is_paused"]

@@ -12,7 +12,7 @@ from hypothesis.strategies import integers
 from metering.billing.twin.engine.lines import cents
 from metering.billing.twin.engine.periods import Interval
 from metering.billing.twin.options import TwinOptions
-from tests.harness.stripe_twin import Place, pro_subscriber, shop_at, twin_place
+from tests.harness.stripe_twin import Place, Shop, pro_subscriber, shop_at, twin_place
 
 HOUR = 3_600
 
@@ -46,6 +46,7 @@ class TestGrace:
         assert closed.status == "open"
         with pytest.raises(stripe.InvalidRequestError):
             await place.v1.invoices.finalize_invoice_async(draft.id)
+        assert (await place.v1.invoices.mark_uncollectible_async(draft.id)).status == "uncollectible"
         voided = await place.v1.invoices.void_invoice_async(draft.id)
         assert voided.status == "void"
         with pytest.raises(stripe.InvalidRequestError):
@@ -101,6 +102,37 @@ class TestAmounts:
         assert interval.around(anchor, end)[0] == end
 
 
+class TestPreviews:
+    async def preview(self, shop: Shop, *items: dict[str, Any]) -> Any:
+        wish: dict[str, Any] = {"subscription": shop.subscription}
+        if items:
+            wish["subscription_details"] = {"items": list(items)}
+        return await shop.place.v1.invoices.create_preview_async(wish)
+
+    async def test_changes_are_tried_on_a_copy(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        plan, metered = (await shop.reread())["items"].data
+        month = {"interval": "month"}
+        wish = {"product": shop.product, "currency": "usd", "unit_amount": 500, "recurring": month}
+        cheaper = await place.v1.prices.create_async(wish)
+        for items, total in (
+            ([], 9_900),
+            ([{"id": plan.id, "price": cheaper.id}], 500),
+            ([{"id": plan.id, "quantity": 3}], 29_700),
+            ([{"id": plan.id, "deleted": True}], 0),
+            ([{"id": metered.id, "price": cheaper.id}], 10_400),
+            ([{"price": cheaper.id, "quantity": 2}], 10_900),
+        ):
+            assert (await self.preview(shop, *items)).total == total
+        assert len((await shop.reread())["items"].data) == 2
+
+    async def test_it_is_not_kept(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        preview = await self.preview(shop)
+        assert preview.billing_reason == "upcoming"
+        assert len(await shop.invoices()) == 1
+
+
 class TestPaying:
     async def test_a_declined_card_leaves_it_open(self, place: Place) -> None:
         shop = await shop_at(place)
@@ -121,6 +153,23 @@ class TestPaying:
         (invoice,) = await shop.invoices()
         lines = await place.v1.invoices.line_items.list_async(invoice.id, {"limit": 1})
         assert ([one.amount for one in lines.data], lines.has_more) == ([9_900], True)
+
+    async def test_a_draft_is_closed_and_paid_at_once(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        await shop.advance(days=31)
+        (draft, _) = await shop.invoices()
+        assert (await place.v1.invoices.finalize_invoice_async(draft.id, {"auto_advance": True})).status == "paid"
+
+    async def test_a_held_draft_goes_on_when_told_to(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        await shop.advance(days=31)
+        (draft, _) = await shop.invoices()
+        await place.v1.invoices.update_async(draft.id, {"auto_advance": False, "description": "wait"})
+        await shop.advance(hours=5)
+        assert (await place.v1.invoices.retrieve_async(draft.id)).status == "draft"
+        await place.v1.invoices.update_async(draft.id, {"auto_advance": True})
+        await shop.advance(hours=1)
+        assert (await place.v1.invoices.retrieve_async(draft.id)).status == "paid"
 
     async def test_metadata_can_be_changed(self, place: Place) -> None:
         shop = await pro_subscriber(place)
@@ -167,6 +216,15 @@ class TestCredits:
         await shop.advance(days=32)
         held = place.twin.state.tables["billing.credit_grant"]
         assert [held[one.id]["_used"] for one in (urgent, ending, plain)] == [400, 200, 0]
+
+    async def test_one_for_another_price_pays_nothing(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        await self.grant(shop, 400, applicability_config={"scope": {"prices": [{"id": shop.plan}]}})
+        fitting = await self.grant(shop, 400, applicability_config={"scope": {"prices": [{"id": shop.metered}]}})
+        await shop.use(6 * 10**6)
+        await shop.advance(days=32)
+        held = place.twin.state.tables["billing.credit_grant"]
+        assert {one["id"] for one in held.values() if one["_used"]} == {fitting.id}
 
     async def test_void_and_expired_ones_pay_nothing(self, place: Place) -> None:
         shop = await pro_subscriber(place)

@@ -83,6 +83,17 @@ class TestTrials:
         assert (await shop.reread()).status == "active"
         assert [one.total for one in await shop.invoices()] == [9_900, 0]
 
+    async def test_a_trial_is_made_longer(self, place: Place) -> None:
+        shop = await shop_at(place)
+        await shop.subscribe(trial_period_days=14)
+        await place.v1.subscriptions.update_async(shop.subscription, {"trial_end": place.now + 20 * DAY})
+        await shop.advance(days=15)
+        assert (await shop.reread()).status == "trialing"
+        await shop.advance(days=6)
+        assert (await shop.reread()).status == "active"
+        with pytest.raises(stripe.InvalidRequestError):
+            await place.v1.subscriptions.update_async(shop.subscription, {"trial_end": place.now})
+
     async def test_a_trial_ends_when_told_to(self, place: Place) -> None:
         shop = await shop_at(place)
         await shop.subscribe(trial_period_days=14)
@@ -123,6 +134,22 @@ class TestEnds:
         assert (made.status, made.cancellation_details.reason) == ("canceled", "cancellation_requested")
         assert [one.total for one in await shop.invoices()] == [1_000, 9_900]
         assert last(shop, "customer.subscription.deleted")["id"] == shop.subscription
+
+    async def test_an_end_can_be_any_day(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        await place.v1.subscriptions.update_async(shop.subscription, {"cancel_at": place.now + 10 * DAY})
+        await shop.use(10**7)
+        await shop.advance(days=10)
+        assert (await shop.reread()).status == "canceled"
+        await shop.advance(hours=2)
+        assert [one.total for one in await shop.invoices()] == [1_000, 9_900]
+
+    async def test_an_end_with_credit_for_the_rest(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        await place.v1.subscriptions.cancel_async(shop.subscription, {"prorate": True, "invoice_now": True})
+        await shop.advance(hours=2)
+        assert [one.total for one in await shop.invoices()] == [-9_900, 9_900]
+        assert (await place.v1.customers.retrieve_async(shop.customer)).balance == -9_900
 
     async def test_an_end_is_taken_back(self, place: Place) -> None:
         shop = await pro_subscriber(place)
@@ -359,6 +386,22 @@ class TestSwaps:
             with pytest.raises(stripe.InvalidRequestError):
                 await place.v1.subscriptions.update_async(shop.subscription, change)
         assert (await shop.reread()).to_dict() == before
+
+    async def test_items_come_and_go_in_one_change(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        plan, metered = (await shop.reread())["items"].data
+        described = {"currency": "usd", "product": shop.product, "unit_amount": 700, "recurring": {"interval": "month"}}
+        items = [
+            {"id": plan.id, "deleted": True},
+            {"price_data": described},
+            {"id": metered.id, "metadata": {"a": "b"}},
+        ]
+        change = {"items": items, "proration_behavior": "none", "description": "smaller", "default_payment_method": ""}
+        made = await place.v1.subscriptions.update_async(shop.subscription, change)
+        assert [one.price.unit_amount for one in made["items"].data] == [None, 700]
+        assert (made["items"].data[0].metadata["a"], made.description) == ("b", "smaller")
+        listed = await place.v1.subscriptions.list_async({"price": shop.metered})
+        assert [one.id for one in listed.data] == [shop.subscription]
 
     async def test_items_come_and_go(self, place: Place) -> None:
         shop = await shop_at(place)

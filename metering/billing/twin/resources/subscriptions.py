@@ -119,7 +119,7 @@ def update_subscription(world: World, call: Call) -> Object:
     if subscription["status"] in standing.ENDED:
         raise StripeError(404, f"No such subscription: '{call.id}'", code="resource_missing", param="id")
     behavior = fields.one_of("proration_behavior", *_PRORATIONS) or "create_prorations"
-    _check_items(world, subscription, fields.rows("items"))
+    check_items(world, subscription, fields.rows("items"))
     before = _change_plain_fields(world, subscription, fields)
     old_interval = interval_of(subscription["items"]["data"][0]["price"])
     if fields.has("items"):
@@ -140,7 +140,7 @@ def update_subscription(world: World, call: Call) -> Object:
     return subscription
 
 
-def _check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
+def check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
     """Refuse rows that cannot be, before anything is changed: unknown items and prices, and mixed intervals."""
     prices = {item["id"]: item["price"] for item in subscription["items"]["data"]}
     for index, row in enumerate(rows):

@@ -19,6 +19,10 @@ class TestProducts:
         assert [one.id for one in (await place.v1.products.list_async({"ids": [made.id]})).data] == [made.id]
         assert (await place.v1.products.retrieve_async(made.id)).name == "Pro"
 
+    async def test_any_key_of_metadata_is_kept(self, place: Place) -> None:
+        made = await place.v1.products.create_async({"name": "Pro", "metadata": {"_own": "1", "0": "2"}})
+        assert made.metadata.to_dict() == {"_own": "1", "0": "2"}
+
     async def test_an_id_can_be_chosen_once(self, place: Place) -> None:
         assert (await place.v1.products.create_async({"name": "Pro", "id": "prod_mine"})).id == "prod_mine"
         with pytest.raises(stripe.InvalidRequestError) as raised:

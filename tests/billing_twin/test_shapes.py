@@ -82,7 +82,8 @@ async def test_the_older_shape_is_there_for_older_code() -> None:
         assert invoice["subscription"] == subscription["id"]
         assert "parent" not in invoice
         line = invoice["lines"]["data"][0]
-        assert (line["price"]["id"], line["type"]) == (shop.plan, "subscription")
+        assert (line["price"]["id"], line["price"]["unit_amount"]) == (shop.plan, 9_900)
+        assert (line["type"], line["proration"]) == ("subscription", False)
         event = place.events("customer.subscription.created")[0]["data"]["object"]
         assert "current_period_end" in event
 

@@ -20,6 +20,7 @@ from metering.billing.twin.idempotency import IdempotencyKeys
 from metering.billing.twin.journal import Entry, Journal
 from metering.billing.twin.limits import MeterLocks, RequestRate
 from metering.billing.twin.options import TwinOptions
+from metering.billing.twin.parameters import refuse_unknown
 from metering.billing.twin.resources import checkout, test_clocks
 from metering.billing.twin.resources.catalogue import ROUTES
 from metering.billing.twin.routing import Call, Route, Router
@@ -114,6 +115,7 @@ class Twin:
             raise StripeError(404, message, code=None)
         ticket.route, names = found
         ticket.params = request.params()
+        refuse_unknown(ticket.route, ticket.params)
         ticket.call = Call(names=names, fields=Fields(ticket.params), url=request.path, bearer=request.bearer)
         key = request.headers.get("idempotency-key")
         if key and request.method == "POST":
@@ -134,6 +136,10 @@ class Twin:
         """Do the work of an admitted request, or repeat what was saved for it, and write the journal."""
         try:
             reply = self._replayed(ticket, ticket.reply) if ticket.reply is not None else self._work(ticket)
+        except BaseException:
+            if ticket.claimed_key:
+                self._keys.release(ticket.claimed_key)
+            raise
         finally:
             if ticket.lock is not None:
                 self._locks.release(ticket.lock)

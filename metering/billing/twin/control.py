@@ -34,6 +34,8 @@ class Payment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def answer_control(twin: Twin, request: Request) -> Reply:
     """Do what a route under `/_twin/` says. Errors: 400 for a body that cannot be read, 404 for an unknown route."""
+    if request.method == "GET" and request.path.startswith(f"{PREFIX}requests/"):
+        return _read_request(twin, request)
     act = _ACTS.get((request.method, request.path.removeprefix(PREFIX)))
     if act is None:
         return json_reply(404, {"error": {"message": f"No such route. There are: {_listed()}."}})
@@ -53,6 +55,15 @@ def _listed() -> str:
 
 def _read_journal(twin: Twin, _: Request) -> Any:
     return {"data": list(twin.journal.entries)}
+
+
+def _read_request(twin: Twin, request: Request) -> Reply:
+    """What an error's `request_log_url` leads to."""
+    wanted = request.path.rpartition("/")[2]
+    found = next((entry for entry in twin.journal.entries if entry.request_id == wanted), None)
+    return (
+        json_reply(200, found) if found else json_reply(404, {"error": {"message": "The journal has no such request."}})
+    )
 
 
 def _clear_journal(twin: Twin, _: Request) -> Any:

@@ -10,6 +10,7 @@ from metering.billing.twin.errors import Object, invalid, missing
 
 _KEY_PARTS = re.compile(r"\[([^\[\]]*)\]")
 _NESTING_MAX = 12
+MOMENT_MAX = 4_102_444_800
 
 
 def decode_form(text: str) -> Object:
@@ -21,7 +22,7 @@ def decode_form(text: str) -> Object:
         if len(parts) > _NESTING_MAX:
             raise invalid(root, "Parameters are nested too deeply.")
         _plant(tree, parts, value)
-    return cast("Object", _as_lists(tree))
+    return {name: _as_lists(value) for name, value in tree.items()}
 
 
 def _plant(tree: Object, parts: list[str], value: str) -> None:
@@ -92,6 +93,20 @@ class Fields:
         if not re.fullmatch(r"-?\d{1,18}", value):
             raise invalid(self.name_of(name), f"Invalid integer: {value}", "parameter_invalid_integer")
         return int(value)
+
+    def moment(self, name: str) -> int | None:
+        """The time in Unix seconds. Errors: 400 beyond the year 2100: calendar arithmetic has to end somewhere."""
+        value = self.whole(name)
+        if value is not None and not 0 <= value <= MOMENT_MAX:
+            raise invalid(self.name_of(name), f"Invalid timestamp: {value}", "parameter_invalid_integer")
+        return value
+
+    def must_moment(self, name: str) -> int:
+        """The time, which has to be there."""
+        value = self.moment(name)
+        if value is None:
+            raise missing(self.name_of(name))
+        return value
 
     def must_whole(self, name: str) -> int:
         """The integer, which has to be there."""

@@ -34,9 +34,8 @@ class IdempotencyKeys:
             raise StripeError(
                 400, f"Idempotency keys have at most {KEY_LENGTH_MAX} characters.", kind="idempotency_error"
             )
+        self._forget_old(now)
         held = self._claims.get(key)
-        if held is not None and now - held.at >= self._seconds and held.reply is not None:
-            held = None
         if held is None:
             self._claims[key] = Claim(fingerprint=fingerprint, at=now)
             return None
@@ -50,6 +49,14 @@ class IdempotencyKeys:
             message = f"There is currently another in-progress request using this Idempotent Key: {key}."
             raise StripeError(409, message, code="idempotency_key_in_use", kind="idempotency_error", should_retry=True)
         return held.reply
+
+    def _forget_old(self, now: int) -> None:
+        """Forget the keys whose time is over: they are in order of their first use."""
+        while self._claims:
+            key, oldest = next(iter(self._claims.items()))
+            if oldest.reply is None or now - oldest.at < self._seconds:
+                return
+            del self._claims[key]
 
     def save(self, key: str, reply: Reply) -> None:
         """Remember what *key* was answered with."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from core.clock import Clock
 from metering.billing.twin.errors import Object, StripeError
 
@@ -37,8 +39,11 @@ class MeterLocks:
     def claim(self, params: Object) -> tuple[str, str]:
         """Claim the event's customer and meter. Errors: 429 lock_timeout while another one is in flight."""
         payload = params.get("payload")
-        # The mapping may name another key: all of the payload but the number stands for the customer.
-        who = sorted((key, str(value)) for key, value in payload.items() if key != "value") if payload else []
+        who: list[tuple[str, str]] = []
+        if isinstance(payload, dict):
+            # The meter's mapping may name another key: all of the payload but the number stands for the customer.
+            pairs = cast("Object", payload).items()
+            who = sorted((key, str(value)) for key, value in pairs if key != "value")
         lock = (str(who), str(params.get("event_name")))
         if lock in self._held:
             message = (

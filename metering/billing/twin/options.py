@@ -34,6 +34,9 @@ class TwinOptions(msgspec.Struct, frozen=True, kw_only=True):
     aggregation_lag_seconds: int = 0
     # None keeps identifiers for ever. Stripe promises "at least 24 hours".
     identifier_window_seconds: int | None = DAY_SECONDS
+    # Stripe's v1 was seen to refuse duplicates without a code, by their message alone; v2 documents
+    # `duplicate_meter_event`. Whoever relies on a code finds out here.
+    duplicate_identifier_code: str | None = None
     # None is no limit. Stripe: 25 in a sandbox, 1000 live; 10,000 live for the stream.
     requests_per_second: int | None = None
     stream_requests_per_second: int | None = None

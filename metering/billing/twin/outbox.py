@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -31,8 +32,8 @@ class Outbox:
         self.mischief = options.mischief
         self.is_paused = False
         self.waiting: list[Delivery] = []
-        self.done: list[Delivery] = []
-        self.dropped: list[Delivery] = []
+        self.done: deque[Delivery] = deque(maxlen=options.journal_max)
+        self.dropped: deque[Delivery] = deque(maxlen=options.journal_max)
         self._retry_seconds = options.webhook_retry_seconds
         self._chance = random.Random(options.seed)  # noqa: S311 - mischief has to be repeatable
 

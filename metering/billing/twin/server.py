@@ -112,12 +112,20 @@ class TwinServer:
             _reset(writer)
             return None
         await self._wait(ticket)
-        reply = self.twin.answer(ticket)
+        reply = self._reply(ticket)
         self._tell(f"{request.method} {request.path} {reply.status}{f' ({fault})' if fault else ''}")
         if fault == "drop_after_commit":
             writer.transport.abort()
             return None
         return reply
+
+    def _reply(self, ticket: Ticket) -> Reply:
+        """The twin's reply; a mistake of the twin itself is told as such, and logged."""
+        try:
+            return self.twin.answer(ticket)
+        except Exception:  # noqa: BLE001 - the twin's edge
+            _log.exception("twin.answer_failed")
+            return json_reply(500, {"error": {"type": "api_error", "message": "The twin made a mistake: see its log."}})
 
     async def _wait(self, ticket: Ticket) -> None:
         seconds = self.twin.options.latency_seconds

@@ -18,6 +18,8 @@ EXAMPLES_SHA256 = "2fe05f707b94a4cbf06888ba9f566dffbd56703fe088644f71107d0e4e0c0
 EXAMPLES: dict[str, Object] = msgspec.json.decode(files("metering.billing.twin").joinpath("examples.json").read_bytes())
 _NO_ADDRESS: Object = dict.fromkeys(("city", "country", "line1", "line2", "postal_code", "state"))
 _NO_TAX: Object = {"enabled": False, "liability": None, "disabled_reason": None}
+# Maps whose keys the caller chose: nothing in them is the twin's.
+_CALLERS_OWN = {"metadata", "payload"}
 # What is never null at Stripe, at its resting value.
 _RESTING: dict[str, Object] = {
     "product": {"active": True, "images": [], "marketing_features": [], "metadata": {}, "type": "service"},
@@ -156,15 +158,17 @@ def rendered(tree: Any, *, older: bool = False) -> Any:
     """A copy of *tree* as it leaves the twin: what begins with an underscore is the twin's own and stays."""
     if isinstance(tree, dict):
         made = {
-            key: rendered(value, older=older) for key, value in cast("Object", tree).items() if not key.startswith("_")
+            key: _copied(value) if key in _CALLERS_OWN else rendered(value, older=older)
+            for key, value in cast("Object", tree).items()
+            if not key.startswith("_")
         }
-        return _in_older_shape(made) if older else made
+        return _in_older_shape(made, cast("Object", tree)) if older else made
     if isinstance(tree, list):
         return [rendered(value, older=older) for value in cast("list[Any]", tree)]
     return tree
 
 
-def _in_older_shape(made: Object) -> Object:
+def _in_older_shape(made: Object, tree: Object) -> Object:
     match made.get("object"):
         case "subscription":
             items: list[Object] = made["items"]["data"]
@@ -182,17 +186,17 @@ def _in_older_shape(made: Object) -> Object:
             made["subscription"] = details.get("subscription")
             made["subscription_details"] = {"metadata": details.get("metadata")}
         case "line_item":
-            _line_in_older_shape(made)
+            _line_in_older_shape(made, tree)
         case _:
             pass
     return made
 
 
-def _line_in_older_shape(line: Object) -> None:
-    pricing, parent = part(line.pop("pricing")), part(line.pop("parent"))
+def _line_in_older_shape(line: Object, tree: Object) -> None:
+    del line["pricing"]
+    parent = part(line.pop("parent"))
     details = part(parent, "subscription_item_details") or part(parent, "invoice_item_details")
-    price = part(pricing, "price_details").get("price")
-    line["price"] = {"object": "price", "id": price, "unit_amount_decimal": pricing.get("unit_amount_decimal")}
+    line["price"] = rendered(tree["_price"])
     line["type"] = "subscription" if parent.get("type") == "subscription_item_details" else "invoiceitem"
     line["subscription_item"] = details.get("subscription_item")
     line["proration"] = bool(details.get("proration"))

@@ -12,7 +12,7 @@ from core.clock import Clock
 from metering.billing.twin.engine.agenda import WALL, Agenda
 from metering.billing.twin.engine.usage import MeterRule, UsageBook
 from metering.billing.twin.errors import Object, invalid, not_found
-from metering.billing.twin.options import TwinOptions
+from metering.billing.twin.options import DAY_SECONDS, TwinOptions
 from metering.billing.twin.outbox import Outbox
 from metering.billing.twin.reports import Reports
 from metering.billing.twin.shapes import blank, rendered
@@ -137,11 +137,17 @@ class World:
             _at=self.wall(),
         )
         self.add(event)
+        self._forget_old_events()
         listening = [endpoint for endpoint in self.tables["webhook_endpoint"].values() if _listens(endpoint, kind)]
         event["pending_webhooks"] = len(listening)
         for endpoint in listening:
             self.outbox.send(rendered(event), endpoint["url"], endpoint["_secret"], self.wall())
         return event
+
+    def _forget_old_events(self) -> None:
+        events, kept_since = self.tables["event"], self.wall() - self.options.event_retention_days * DAY_SECONDS
+        while events and (oldest := next(iter(events.values())))["_at"] < kept_since:
+            del events[oldest["id"]]
 
     def emit_thin(self, kind: str, related: Object | None, body: Object) -> Object:
         """Record a thin event: endpoints get a reference, `GET /v2/core/events/{id}` the *body*."""

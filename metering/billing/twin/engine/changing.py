@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
 
 from metering.billing.twin.engine import invoicing
 from metering.billing.twin.engine.lines import Span, interval_of, is_metered
@@ -29,11 +30,12 @@ def change_item(world: World, subscription: Object, item: Object, wish: ItemWish
         return
     same_interval = interval_of(old) == interval_of(wish.price)
     running = subscription["status"] in {"active", "past_due"}
-    if prorates and running and same_interval:
+    if prorates and running:
         _prorate(world, subscription, item, -1, "Unused time on")
     set_price(item, wish.price)
     if wish.quantity is not None:
         item["quantity"] = wish.quantity
+    # With another interval a new period begins, which is billed whole.
     if prorates and running and same_interval:
         _prorate(world, subscription, item, 1, "Remaining time on")
 
@@ -54,8 +56,8 @@ def keep_usage(world: World, subscription: Object, item: Object) -> None:
     start = max(subscription["_period_start"], item["_usage_from"])
     product = world.tables["product"][item["price"]["product"]]
     usage = {"customer": subscription["customer"], "price": item["price"], "name": product["name"]}
-    pending = _pending(world, subscription, item["price"], 0, Span(start, now))
-    pending |= {"description": product["name"], "_usage": usage, "quantity": 0}
+    values: Object = {"description": product["name"], "_usage": usage, "quantity": 0}
+    _pend(world, subscription, item["price"], Span(start, now), amount=0, **values)
 
 
 def _prorate(world: World, subscription: Object, item: Object, sign: int, words: str) -> None:
@@ -64,29 +66,29 @@ def _prorate(world: World, subscription: Object, item: Object, sign: int, words:
     share = Decimal(whole.end - now) / Decimal(whole.end - whole.start)
     exact = Decimal(item["price"]["unit_amount_decimal"]) * item["quantity"] * share
     amount = sign * int(exact.quantize(Decimal(1), rounding=ROUND_HALF_UP))
-    pending = _pending(world, subscription, item["price"], amount, Span(now, whole.end))
     name = world.tables["product"][item["price"]["product"]]["name"]
-    pending |= {"description": f"{words} {name}", "quantity": item["quantity"]}
+    values: Object = {"description": f"{words} {name}", "quantity": item["quantity"]}
+    _pend(world, subscription, item["price"], Span(now, whole.end), amount=amount, **values)
 
 
-def _pending(world: World, subscription: Object, price: Object, amount: int, span: Span) -> Object:
+def _pend(world: World, subscription: Object, price: Object, span: Span, **values: Any) -> None:
+    """Keep an invoice item for the subscription's next invoice."""
     made = blank(
         "invoiceitem",
         id=world.make_id("ii"),
-        amount=amount,
         currency=price["currency"],
         customer=subscription["customer"],
         date=world.now(subscription["customer"]),
         parent={"type": "subscription_details", "subscription_details": {"subscription": subscription["id"]}},
         period={"start": span.start, "end": span.end},
         proration=True,
-        quantity=1,
         test_clock=subscription["test_clock"],
+        **values,
     )
+    made |= {"net_amount": made["amount"], "quantity_decimal": str(made["quantity"])}
     made |= {"_subscription": subscription["id"], "_price": price}
     world.add(made)
     world.emit("invoiceitem.created", made)
-    return made
 
 
 def add(world: World, subscription: Object, wish: ItemWish, *, prorates: bool) -> None:

@@ -34,7 +34,7 @@ def _period_end(world: World, identity: str, at: int) -> None:
         return
     if subscription["status"] == "incomplete":
         return
-    if subscription["cancel_at_period_end"]:
+    if subscription["cancel_at_period_end"] or subscription["cancel_at"] == at:
         cancel_with_usage(world, subscription)
     elif subscription["status"] == "trialing" and not _may_leave_trial(world, subscription):
         return

@@ -79,7 +79,7 @@ def refuse_duplicate(world: World, identifier: str) -> None:
         raise Executed(
             400,
             f"An event already exists with identifier {identifier}.",
-            code="resource_already_exists",
+            code=world.options.duplicate_identifier_code,
             param="identifier",
             should_retry=False,
         )

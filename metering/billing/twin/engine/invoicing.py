@@ -14,8 +14,12 @@ from metering.billing.twin.world import World
 
 def draft(world: World, subscription: Object, reason: str, lines: list[Object], span: Span) -> Object:
     """Open a draft for *lines* and whatever is pending for the subscription. It is not planned to be finalised yet."""
-    invoice = compose(world, subscription, reason, lines + _take_pending(world, subscription), span)
+    pending = pending_of(world, subscription)
+    lines = lines + [line_of_pending(world, item) for item in pending]
+    invoice = compose(world, subscription, reason, lines, span)
     world.add(invoice)
+    for item in pending:
+        item["invoice"] = invoice["id"]
     for line in invoice["lines"]["data"]:
         line["invoice"] = invoice["id"]
     subscription["latest_invoice"] = invoice["id"]
@@ -50,15 +54,6 @@ def compose(world: World, subscription: Object, reason: str, lines: list[Object]
     invoice["_retries"] = 0
     add_up(world, invoice)
     return invoice
-
-
-def _take_pending(world: World, subscription: Object) -> list[Object]:
-    taken: list[Object] = []
-    for pending in pending_of(world, subscription):
-        line = line_of_pending(world, pending)
-        pending["invoice"] = "taken"
-        taken.append(line)
-    return taken
 
 
 def pending_of(world: World, subscription: Object) -> list[Object]:

@@ -44,6 +44,7 @@ def line(world: World, price: Object, amount: int, quantity: int, span: Span, **
         currency=price["currency"],
         period={"start": span.start, "end": span.end},
         quantity=quantity,
+        _price=price,
         pricing={
             "type": "price_details",
             "unit_amount_decimal": price["unit_amount_decimal"],

@@ -17,6 +17,7 @@ from metering.billing.twin.world import World
 TRIAL_NOTICE_SECONDS = 3 * DAY_SECONDS
 # How long an incomplete subscription waits for its first payment.
 INCOMPLETE_SECONDS = 23 * 3_600
+MIXED_INTERVALS = "All prices on a subscription must have the same `recurring.interval` in this twin."
 
 
 class ItemWish(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +65,7 @@ def begin(world: World, wish: Wish) -> Object:
     if needs_money and subscription["status"] == "active":
         subscription["status"] = "incomplete"
     world.add(subscription)
+    world.tables["customer"][wish.customer]["currency"] = subscription["currency"]
     for item in subscription["items"]["data"]:
         world.add(item)
     world.emit("customer.subscription.created", subscription)
@@ -78,18 +80,23 @@ def _refuse_what_cannot_be(world: World, wish: Wish) -> None:
         raise invalid("items", "Missing required param: items.", "parameter_missing")
     intervals = {interval_of(item.price) for item in wish.items}
     if len(intervals) > 1:
-        raise invalid("items", "All prices on a subscription must have the same `recurring.interval` in this twin.")
+        raise invalid("items", MIXED_INTERVALS)
     if len({item.price["currency"] for item in wish.items}) > 1:
         raise invalid("items", "All prices on a subscription must have the same currency.")
-    if wish.trial_end is not None and wish.trial_end <= world.now(wish.customer):
-        raise invalid("trial_end", "The trial end must be in the future.")
+    now = world.now(wish.customer)
+    for name, at in (
+        ("trial_end", wish.trial_end),
+        ("billing_cycle_anchor", wish.anchor),
+        ("cancel_at", wish.cancel_at),
+    ):
+        if at is not None and at <= now:
+            raise invalid(name, f"The `{name}` must be in the future.")
 
 
 def _made(world: World, wish: Wish) -> Object:
     now = world.now(wish.customer)
     customer = world.tables["customer"][wish.customer]
     identity = world.make_id("sub")
-    customer["currency"] = wish.items[0].price["currency"]
     return blank(
         "subscription",
         id=identity,
@@ -98,7 +105,7 @@ def _made(world: World, wish: Wish) -> Object:
         cancel_at_period_end=wish.cancel_at_period_end,
         collection_method=wish.collection_method,
         created=now,
-        currency=customer["currency"],
+        currency=wish.items[0].price["currency"],
         customer=wish.customer,
         days_until_due=wish.days_until_due,
         default_payment_method=wish.default_payment_method,

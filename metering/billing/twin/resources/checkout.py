@@ -88,7 +88,7 @@ def _made(world: World, fields: Fields, mode: str, items: list[Object]) -> Objec
         customer=customer,
         customer_creation=fields.string("customer_creation"),
         customer_email=fields.string("customer_email"),
-        expires_at=fields.whole("expires_at") or now + DAY_SECONDS,
+        expires_at=fields.moment("expires_at") or now + DAY_SECONDS,
         metadata=merge_metadata({}, fields),
         mode=mode,
         payment_method_collection=fields.string("payment_method_collection") or "always",

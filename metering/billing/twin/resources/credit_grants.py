@@ -30,8 +30,8 @@ def create_grant(world: World, call: Call) -> Object:
         category=fields.one_of("category", "paid", "promotional") or "paid",
         created=now,
         customer=customer["id"],
-        effective_at=fields.whole("effective_at") or now,
-        expires_at=fields.whole("expires_at"),
+        effective_at=fields.moment("effective_at") or now,
+        expires_at=fields.moment("expires_at"),
         metadata=merge_metadata({}, fields),
         name=fields.string("name"),
         test_clock=customer["test_clock"],
@@ -58,7 +58,7 @@ def update_grant(world: World, call: Call) -> Object:
     """Change the expiry and the metadata."""
     grant, fields = world.find(_KIND, call.id), call.fields
     if fields.has("expires_at"):
-        grant["expires_at"] = fields.whole("expires_at")
+        grant["expires_at"] = fields.moment("expires_at")
     grant["metadata"] = merge_metadata(grant["metadata"], fields)
     return _changed(world, grant)
 

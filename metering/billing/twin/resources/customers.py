@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from metering.billing.twin.engine import payments, standing
-from metering.billing.twin.errors import Object
+from metering.billing.twin.errors import Object, StripeError
 from metering.billing.twin.fields import Fields, merge_metadata
 from metering.billing.twin.listing import only, page
 from metering.billing.twin.routing import Call, delete, get, post
@@ -25,12 +25,21 @@ def create_customer(world: World, call: Call) -> Object:
     made["metadata"] = merge_metadata({}, fields)
     made["balance"] = fields.whole("balance") or 0
     made["address"] = _address(fields)
-    if (method := fields.string("payment_method")) is not None:
-        attached = payments.attach(world, made["id"], method)
-        made["_attached"] = {method: attached["id"]}
-    _set_default_method(world, made, fields)
+    try:
+        _attach_first_method(world, made, fields)
+    except StripeError:
+        # Nothing is left of a customer who could not be created whole.
+        del world.tables["customer"][made["id"]]
+        raise
     world.emit("customer.created", made)
     return made
+
+
+def _attach_first_method(world: World, customer: Object, fields: Fields) -> None:
+    if (method := fields.string("payment_method")) is not None:
+        attached = payments.attach(world, customer["id"], method)
+        customer["_attached"] = {method: attached["id"]}
+    _set_default_method(world, customer, fields)
 
 
 def new_customer(world: World, clock: str | None = None) -> Object:

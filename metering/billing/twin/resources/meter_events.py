@@ -43,7 +43,7 @@ def reported_in(world: World, fields: Fields) -> Reported:
     if not fields.has("payload"):
         fields.must("payload")
     identifier = intake.check_identifier(fields.string("identifier") or world.make_id("twin"))
-    return Reported(fields.must("event_name"), dict(fields.pairs("payload")), identifier, fields.whole("timestamp"))
+    return Reported(fields.must("event_name"), dict(fields.pairs("payload")), identifier, fields.moment("timestamp"))
 
 
 def _active_meter(world: World, event_name: str) -> Object:

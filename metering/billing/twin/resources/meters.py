@@ -96,7 +96,7 @@ def list_event_summaries(world: World, call: Call) -> Object:
     meter, fields = world.find("billing.meter", call.id), call.fields
     customer = fields.must("customer")
     step = fields.one_of("value_grouping_window", "hour", "day")
-    span = Span(fields.must_whole("start_time"), fields.must_whole("end_time"))
+    span = Span(fields.must_moment("start_time"), fields.must_moment("end_time"))
     alignment = _STEP_SECONDS[step] if step else _MINUTE_SECONDS
     for name, at in (("start_time", span.start), ("end_time", span.end)):
         if at % alignment:

@@ -86,6 +86,7 @@ def _features(fields: Fields) -> Object:
             "mode": cancel.string("mode") or "at_period_end",
             "proration_behavior": cancel.string("proration_behavior") or "none",
         },
+        "subscription_pause": {"duration": {"interval_options": [], "type": "indefinite"}, "enabled": False},
         "subscription_update": {
             "billing_cycle_anchor": None,
             "default_allowed_updates": update.strings("default_allowed_updates"),

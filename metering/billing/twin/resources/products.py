@@ -68,6 +68,7 @@ def list_products(world: World, call: Call) -> Object:
 
 def create_price(world: World, call: Call) -> Object:
     """Create a price. Errors: 400 for a metered price without a meter, or more than twelve decimals of a cent."""
+    _check_lookup_key(world, call.fields)
     made = price_of(world, call.fields)
     _take_lookup_key(world, made, call.fields)
     world.add(made)
@@ -143,15 +144,26 @@ def _amounts_of(fields: Fields) -> tuple[int | None, str]:
     return (int(number) if number == int(number) else None), plain
 
 
+def _check_lookup_key(world: World, fields: Fields, *, own: Object | None = None) -> None:
+    """Errors: 400 if another price has the key and is not to lose it."""
+    key = fields.string("lookup_key")
+    for other in world.tables["price"].values():
+        if (
+            key is not None
+            and other["lookup_key"] == key
+            and other is not own
+            and not fields.flag("transfer_lookup_key")
+        ):
+            message = f"A price (`{other['id']}`) already uses that lookup key."
+            raise invalid("lookup_key", message, "resource_already_exists")
+
+
 def _take_lookup_key(world: World, made: Object, fields: Fields) -> None:
     key = fields.string("lookup_key")
     if key is None:
         return
     for other in world.tables["price"].values():
         if other["lookup_key"] == key and other is not made:
-            if not fields.flag("transfer_lookup_key"):
-                message = f"A price (`{other['id']}`) already uses that lookup key."
-                raise invalid("lookup_key", message, "resource_already_exists")
             other["lookup_key"] = None
             world.emit("price.updated", other, {"lookup_key": key})
     made["lookup_key"] = key
@@ -160,6 +172,7 @@ def _take_lookup_key(world: World, made: Object, fields: Fields) -> None:
 def update_price(world: World, call: Call) -> Object:
     """Change what may be changed of a price: not its amount."""
     held, fields = world.find("price", call.id), call.fields
+    _check_lookup_key(world, fields, own=held)
     if (active := fields.flag("active")) is not None:
         held["active"] = active
     if fields.has("nickname"):

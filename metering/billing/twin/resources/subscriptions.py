@@ -5,7 +5,7 @@ from __future__ import annotations
 from metering.billing.twin.engine import changing, entitlements, payments, standing, subscribing
 from metering.billing.twin.engine.cycle import cancel_with_usage
 from metering.billing.twin.engine.lines import interval_of, is_metered
-from metering.billing.twin.engine.subscribing import ItemWish, Wish, changed
+from metering.billing.twin.engine.subscribing import MIXED_INTERVALS, ItemWish, Wish, changed
 from metering.billing.twin.errors import Object, StripeError, invalid
 from metering.billing.twin.fields import Fields, merge_metadata
 from metering.billing.twin.listing import only, page
@@ -14,6 +14,8 @@ from metering.billing.twin.resources.products import price_of
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
 
+# Stripe's limit: two years.
+TRIAL_DAYS_MAX = 730
 _PRORATIONS = ("create_prorations", "none", "always_invoice")
 
 
@@ -34,8 +36,8 @@ def wish_of(world: World, customer: str, fields: Fields, rows: list[Fields]) -> 
         customer=customer,
         items=[item_wish(world, row) for row in rows],
         trial_end=trial_end_of(world, customer, fields),
-        anchor=fields.whole("billing_cycle_anchor"),
-        cancel_at=fields.whole("cancel_at"),
+        anchor=None if fields.string("billing_cycle_anchor") == "now" else fields.moment("billing_cycle_anchor"),
+        cancel_at=fields.moment("cancel_at"),
         cancel_at_period_end=fields.flag("cancel_at_period_end") or False,
         default_payment_method=method,
         collection_method=fields.one_of("collection_method", "charge_automatically", "send_invoice")
@@ -74,8 +76,10 @@ def trial_end_of(world: World, customer: str, fields: Fields) -> int | None:
     """When the trial shall end, by date or by days; `now` is no trial."""
     days = fields.whole("trial_period_days")
     if days is not None:
+        if days > TRIAL_DAYS_MAX:
+            raise invalid("trial_period_days", f"The trial can have at most {TRIAL_DAYS_MAX} days.")
         return world.now(customer) + days * DAY_SECONDS if days > 0 else None
-    return None if fields.string("trial_end") == "now" else fields.whole("trial_end")
+    return None if fields.string("trial_end") == "now" else fields.moment("trial_end")
 
 
 def retrieve_subscription(world: World, call: Call) -> Object:
@@ -115,6 +119,7 @@ def update_subscription(world: World, call: Call) -> Object:
     if subscription["status"] in standing.ENDED:
         raise StripeError(404, f"No such subscription: '{call.id}'", code="resource_missing", param="id")
     behavior = fields.one_of("proration_behavior", *_PRORATIONS) or "create_prorations"
+    check_items(world, subscription, fields.rows("items"))
     before = _change_plain_fields(world, subscription, fields)
     old_interval = interval_of(subscription["items"]["data"][0]["price"])
     if fields.has("items"):
@@ -135,6 +140,21 @@ def update_subscription(world: World, call: Call) -> Object:
     return subscription
 
 
+def check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
+    """Refuse rows that cannot be, before anything is changed: unknown items and prices, and mixed intervals."""
+    prices = {item["id"]: item["price"] for item in subscription["items"]["data"]}
+    for index, row in enumerate(rows):
+        identity = row.string("id")
+        if identity is not None and identity not in prices:
+            raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
+        if row.has("price") or (identity is None and not row.has("price_data")):
+            prices[identity or f"new {index}"] = item_wish(world, row).price
+        if row.flag("deleted"):
+            prices.pop(identity or "", None)
+    if len({interval_of(price) for price in prices.values()}) > 1:
+        raise invalid("items", MIXED_INTERVALS)
+
+
 def change_items(world: World, subscription: Object, fields: Fields, *, prorates: bool) -> None:
     """Change, add and remove items as the rows of `items` say."""
     for row in fields.rows("items"):
@@ -142,9 +162,7 @@ def change_items(world: World, subscription: Object, fields: Fields, *, prorates
         if identity is None:
             changing.add(world, subscription, item_wish(world, row), prorates=prorates)
             continue
-        item = next((one for one in subscription["items"]["data"] if one["id"] == identity), None)
-        if item is None:
-            raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
+        item = next(one for one in subscription["items"]["data"] if one["id"] == identity)
         if row.flag("deleted"):
             changing.remove(world, subscription, item, prorates=prorates)
         else:
@@ -169,7 +187,7 @@ def _change_plain_fields(world: World, subscription: Object, fields: Fields) -> 
     if (at_end := fields.flag("cancel_at_period_end")) is not None:
         values |= _cancellation(world, subscription, at_end=at_end)
     if fields.has("cancel_at"):
-        values["cancel_at"] = fields.whole("cancel_at")
+        values["cancel_at"] = fields.moment("cancel_at")
         if values["cancel_at"]:
             world.plan(customer, values["cancel_at"], "subscription.cancel", subscription["id"])
     if fields.has("default_payment_method"):
@@ -201,14 +219,14 @@ def _pause_of(world: World, subscription: Object, fields: Fields) -> Object | No
         return None
     fields.must("behavior")
     behavior = fields.one_of("behavior", "keep_as_draft", "mark_uncollectible", "void")
-    resumes_at = fields.whole("resumes_at")
+    resumes_at = fields.moment("resumes_at")
     if resumes_at:
         world.plan(subscription["customer"], resumes_at, "subscription.resume_collection", subscription["id"])
     return {"behavior": behavior, "resumes_at": resumes_at}
 
 
 def _change_trial(world: World, subscription: Object, fields: Fields) -> Object:
-    end = fields.whole("trial_end") if fields.string("trial_end") != "now" else None
+    end = fields.moment("trial_end") if fields.string("trial_end") != "now" else None
     if end is None:
         return {}
     now = world.now(subscription["customer"])

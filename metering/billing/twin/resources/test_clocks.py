@@ -23,7 +23,7 @@ def create_clock(world: World, call: Call) -> Object:
         id=world.make_id("clock"),
         created=world.wall(),
         deletes_after=world.wall() + 30 * DAY_SECONDS,
-        frozen_time=call.fields.must_whole("frozen_time"),
+        frozen_time=call.fields.must_moment("frozen_time"),
         name=call.fields.string("name"),
     )
     world.add(made)
@@ -47,7 +47,7 @@ def advance_clock(world: World, call: Call) -> Object:
     Errors: 400 for going back, for more than two of the shortest price intervals, or while it is advancing.
     """
     clock = world.find(_KIND, call.id)
-    target = call.fields.must_whole("frozen_time")
+    target = call.fields.must_moment("frozen_time")
     if clock["status"] != "ready":
         raise invalid("frozen_time", "The test clock is still advancing.", "test_clock_advancing")
     if target <= clock["frozen_time"]:

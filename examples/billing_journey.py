@@ -1,4 +1,6 @@
-"""From nothing to a paid invoice that bills exactly what the ledger has. Run it: `.venv/bin/python examples/billing_journey.py`.
+"""From nothing to a paid invoice that bills exactly what the ledger has.
+
+    make setup && .venv/bin/python examples/billing_journey.py
 
 It starts a Stripe twin and a gateway of its own in a temporary directory, and leaves nothing behind. Every step is one
 that an operator or a customer takes; where a customer would use a browser, it posts the page's form.
@@ -87,7 +89,9 @@ class Place:
         for line in at_stripe.json()["lines"]["data"]:
             say(f"  {line['description']}: quantity {line['quantity']}, {line['amount']} cents")
         if invoice["usage_micro_usd"] != nano_usd // 1000:
-            sys.exit(f"the invoice bills {invoice['usage_micro_usd']} micro-USD, and the ledger has {nano_usd} nano-USD")
+            sys.exit(
+                f"the invoice bills {invoice['usage_micro_usd']} micro-USD, and the ledger has {nano_usd} nano-USD"
+            )
         say(f"Invoice {invoice['number']} bills {invoice['usage_micro_usd']} micro-USD: exactly the ledger")
         status = self._aap("stripe", "status")
         say(f"`aap stripe status` agrees: {status['agrees']}, reports {status['reports']}")
@@ -122,7 +126,9 @@ class Place:
         until("the clock is there", lambda: self._twin.get(path, headers=headers).json()["status"] == "ready")
 
     def _aap(self, *arguments: str) -> Any:
-        done = subprocess.run([AAP, *arguments, "--json"], env=self._environ, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [AAP, *arguments, "--json"], env=self._environ, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             sys.exit(f"aap {' '.join(arguments)}: {done.stderr}")
         return json.loads(done.stdout)

@@ -12,7 +12,7 @@ from gateway.cli.stores import Stores, on_stores
 from gateway.routes.billing_forms import WalletObject, wallet_object
 from keys.lookup import require_organization
 from metering.billing import prepaid, views
-from metering.billing.prepaid import NANO_USD_PER_CENT
+from metering.billing.prepaid import NANO_USD_PER_CENT, Credit
 
 _SHOWN = 50
 
@@ -47,14 +47,9 @@ def add(org: str, usd: str, reference: str, note: str | None) -> Added:
     async def act(stores: Stores) -> Added:
         async with stores.database.transaction() as session:
             organization_id = await require_organization(session, organization_id=OrganizationId(org))
-            is_new = await prepaid.add_credit(
-                session,
-                nano_usd // NANO_USD_PER_CENT,
-                SystemClock().now(),
-                source=f"operator:{organization_id}:{reference}",
-                organization_id=organization_id,
-                note=note,
-            )
+            source = f"operator:{organization_id}:{reference}"
+            credit = Credit(cents=nano_usd // NANO_USD_PER_CENT, source=source, note=note)
+            is_new = await prepaid.add_credit(session, credit, SystemClock().now(), organization_id=organization_id)
             left = await prepaid.left(session, organization_id=organization_id)
         return Added(is_new, usd_text(left))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Final
 
+import msgspec
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -46,24 +47,23 @@ async def keep_payment(session: AsyncSession, payment: Payment, now: datetime) -
     if organization_id is None:
         return False
     if payment.status == "succeeded":
-        await add_credit(
-            session, payment.received_cents, now, source=payment.id, organization_id=organization_id, kind="top_up"
-        )
+        credit = Credit(cents=payment.received_cents, source=payment.id, kind="top_up")
+        await add_credit(session, credit, now, organization_id=organization_id)
     await _end_top_up(session, bought_by, payment, now, organization_id=organization_id)
     return True
 
 
-async def add_credit(
-    session: AsyncSession,
-    cents: int,
-    now: datetime,
-    *,
-    source: str,
-    organization_id: OrganizationId,
-    kind: wallet.TransferKind = "adjustment",
-    note: str | None = None,
-) -> bool:
-    """Add credit, and let it be spent. False: this *source* did so before."""
+class Credit(msgspec.Struct, frozen=True, kw_only=True):
+    """Credit to be added. *source* is what it is for, and makes it happen once."""
+
+    cents: int
+    source: str
+    kind: wallet.TransferKind = "adjustment"
+    note: str | None = None
+
+
+async def add_credit(session: AsyncSession, credit: Credit, now: datetime, *, organization_id: OrganizationId) -> bool:
+    """Add credit, and let it be spent. False: its source did so before."""
     await session.execute(insert(BillingCustomerRow).values(organization_id=organization_id).on_conflict_do_nothing())
     await session.execute(
         update(BillingCustomerRow)
@@ -72,7 +72,12 @@ async def add_credit(
     )
     await open_cursors(session, (USAGE,), organization_id=organization_id)
     is_new = await wallet.transfer(
-        session, kind, cents * NANO_USD_PER_CENT, source=source, organization_id=organization_id, note=note
+        session,
+        credit.kind,
+        credit.cents * NANO_USD_PER_CENT,
+        source=credit.source,
+        organization_id=organization_id,
+        note=credit.note,
     )
     if is_new:
         await settle_gate(session, organization_id=organization_id)

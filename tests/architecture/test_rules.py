@@ -16,6 +16,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("core", "keys", "metering", "inference", "gateway")
 # Routes that anybody may ask: they tell nothing of a tenant.
 OPEN_ROUTES = {"/livez", "/readyz", "/metrics", "/openapi.json"}
+# Who calls is said by a signature over the body, and without a secret for it there is no route.
+SIGNED_ROUTES = {"/v1/stripe/webhook"}
+# Who may open connections by themselves: the guard, and what is given a guarded client.
+HTTPX_IMPORTERS = {"core/http.py", "metering/billing/stripe_api.py"}
 # Queries that are not a tenant's: who holds this fingerprint, who owns this key, what is done or shown for everybody.
 UNSCOPED_QUERIES = {
     ("keys/authenticate.py", "_query"): "finds out whose key it is",
@@ -33,11 +37,40 @@ UNSCOPED_QUERIES = {
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
     ("metering/verify_redis.py", "compare"): "the operator is shown every organization's budgets",
     ("metering/verify_redis.py", "_running"): "the operator is shown every organization's budgets",
+    ("metering/billing/apply.py", "look_at_customers"): "a worker looks at everybody's subscriptions",
+    ("metering/billing/apply.py", "look_at_overdue"): "a worker looks at everybody's subscriptions",
+    ("metering/billing/customers.py", "set_automatic_top_up"): "takes the organization as its first argument",
+    ("metering/billing/outbox.py", "claim"): "a worker leases whoever is due",
+    ("metering/billing/outbox.py", "count_due"): "a worker counts whoever is due",
+    ("metering/billing/outbox.py", "record"): "the batch names its organization",
+    ("metering/billing/outbox.py", "_put_back"): "the batch names its organization",
+    ("metering/billing/outbox.py", "_refuse"): "the batch names its organization",
+    ("metering/billing/outbox.py", "bring_forward"): "the operator's: everybody, or one",
+    ("metering/billing/ownership.py", "owner_of_customer"): "finds out whose customer it is",
+    ("metering/billing/projection.py", "keep_subscription"): "finds out whose it is, and checks the row's",
+    ("metering/billing/projection.py", "keep_invoice"): "finds out whose it is",
+    ("metering/billing/reconcile.py", "_customers"): "a worker compares everybody",
+    ("metering/billing/reconcile.py", "_first_in_doubt"): "what is asked names its organization",
+    ("metering/billing/reconcile.py", "_hours"): "what is asked names its organization",
+    ("metering/billing/reconcile.py", "_judge"): "what is asked names its organization",
+    ("metering/billing/reconcile.py", "_repair"): "what is asked names its organization",
+    ("metering/billing/reconcile.py", "_settle_unknown"): "what is asked names its organization",
+    ("metering/billing/reconcile.py", "mark_suspect"): "Stripe does not say whose reports it could not count",
+    ("metering/billing/top_up.py", "round"): "a worker sees everybody's top-ups through",
+    ("metering/billing/top_up.py", "_low"): "a worker looks whose credit is low",
+    ("metering/billing/top_up.py", "_see_through"): "the top-up names its organization",
+    ("metering/billing/top_up.py", "_fail"): "the top-up names its organization",
+    ("metering/billing/views.py", "reconciliation"): "the operator is shown every organization's",
+    ("metering/billing/views.py", "_differences"): "the operator is shown every organization's",
+    ("metering/billing/views.py", "_invoice_differences"): "the operator is shown every organization's",
 }
 NOT_OURS = {".git", ".venv", ".data", ".peers", ".hypothesis", ".ruff_cache", "node_modules"}
 TENANT_ROWS = {
     *("ProjectRow", "KeyRow", "KeySecretRow", "RateLimitRow", "KeyChangeRow"),
     *("BudgetRow", "UsageIntentRow", "LedgerEntryRow", "SpendWindowRow", "AllowanceEventRow"),
+    *("BillingCustomerRow", "SubscriptionRow", "BillingPeriodRow", "InvoiceRow", "MeterCursorRow", "MeterWindowRow"),
+    *("MeterReportRow", "MeterCheckRow", "WalletTransferRow", "WalletPostingRow", "TopUpRow", "EmailRow"),
+    "SubscriptionChangeRow",
 }
 
 
@@ -55,8 +88,20 @@ def test_litellm_has_one_door() -> None:
 
 
 def test_no_other_http_client_is_used() -> None:
-    for client in ("httpx", "requests", "aiohttp", "urllib.request", "urllib3", "http.client"):
+    for client in ("requests", "aiohttp", "urllib.request", "urllib3", "http.client"):
         assert importers(client) == set(), client
+
+
+def test_requests_go_out_through_the_egress_guard() -> None:
+    assert importers("httpx") == HTTPX_IMPORTERS
+    made = {
+        name for name in HTTPX_IMPORTERS if re.search(r"\bAsyncClient\(|\bhttpx\.Client\(", (ROOT / name).read_text())
+    }
+    assert made == {"core/http.py"}
+
+
+def test_stripe_has_one_door() -> None:
+    assert importers("stripe") == {"metering/billing/stripe_api.py"}
 
 
 def test_starting_imports_no_litellm_and_no_alembic() -> None:
@@ -132,7 +177,7 @@ def test_every_other_route_knows_its_caller_or_is_listed_as_open() -> None:
             if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
                 for route in _routes(function):
                     arguments = {argument.arg for argument in function.args.args}
-                    assert route in OPEN_ROUTES or "principal" in arguments, f"{path.name}: {route}"
+                    assert route in OPEN_ROUTES | SIGNED_ROUTES or "principal" in arguments, f"{path.name}: {route}"
 
 
 def _routes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
@@ -145,7 +190,7 @@ def _routes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 
 def test_env_example_lists_every_variable_and_no_other() -> None:
     source = Path(settings_module.__file__).read_text() + (ROOT / "inference" / "catalog.py").read_text()
-    read = set(re.findall(r'"((?:AAP|OPENAI)_[A-Z_]+|DATABASE_URL|REDIS_URL)"', source))
+    read = set(re.findall(r'"((?:AAP|OPENAI|STRIPE)_[A-Z_]+|DATABASE_URL|REDIS_URL)"', source))
     listed = set(re.findall(r"^#?\s?([A-Z][A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
     assert read - {"AAP_READY_FD"} <= listed
     assert listed <= read | {"HTTPS_PROXY", "NO_PROXY"}

@@ -52,8 +52,10 @@ async def behind(books: Database, stores: TestStores) -> AsyncGenerator[BillingP
         yield made
 
 
-@pytest.fixture
-async def gateway(behind: BillingPlace, books_url: str, stores: TestStores, workdir: Path) -> AsyncGenerator[Gateway]:
+@pytest.fixture(scope="module")
+async def gateway(
+    behind: BillingPlace, books_url: str, stores: TestStores, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncGenerator[Gateway]:
     config = config_for("http://127.0.0.1:9", more=EXAMPLE)
     own = stores._replace(database_url=books_url)
     made = Gateway(

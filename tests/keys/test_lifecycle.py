@@ -17,7 +17,7 @@ from keys import lifecycle
 from keys.errors import KeyRevoked, TenantNotFound
 from keys.lifecycle import NewKey, create_key, list_keys, revoke_key, rotate_key, set_limits
 from keys.limits import RateLimits
-from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES
+from keys.scopes import ADMIN_SCOPES, ALL_SCOPES, INFERENCE_SCOPES, OPERATOR_SCOPES
 from keys.secrets import fingerprint, hint, is_well_formed
 from keys.tables import KeyChangeRow, KeySecretRow
 from keys.tenants import create_organization, create_project, list_organizations, list_projects, only_organization
@@ -99,7 +99,7 @@ class TestCreate:
 
     def test_a_key_may_call_everything_and_administer_nothing_unless_told_otherwise(self) -> None:
         new = NewKey(name="k")
-        assert set(new.scopes) == set(ALL_SCOPES) - set(ADMIN_SCOPES) == set(INFERENCE_SCOPES)
+        assert set(new.scopes) == set(ALL_SCOPES) - {*ADMIN_SCOPES, *OPERATOR_SCOPES} == set(INFERENCE_SCOPES)
         assert (new.models, new.ip_networks, new.expires_at) == (None, None, None)
 
     @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ class TestCreate:
             NewKey(name="k", **wrong)  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("inference", INFERENCE_SCOPES)
-    @pytest.mark.parametrize("admin", ADMIN_SCOPES)
+    @pytest.mark.parametrize("admin", [*ADMIN_SCOPES, *OPERATOR_SCOPES])
     def test_one_key_never_both_calls_and_administers(self, inference: str, admin: str) -> None:
         """Guarantee: what an application holds cannot read the books, and what reads the books cannot spend."""
         assert NewKey(name="k", scopes=[admin]).scopes == [admin]

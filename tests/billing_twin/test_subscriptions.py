@@ -220,6 +220,33 @@ class TestPayments:
             await shop.subscribe(payment_behavior="error_if_incomplete")
         assert (raised.value.http_status, raised.value.code) == (402, "card_declined")
 
+    async def test_an_upgrade_that_is_not_paid_is_none_if_so_asked(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        wish = {"product": shop.product, "currency": "usd", "unit_amount": 49_900, "recurring": {"interval": "month"}}
+        dearer = await place.v1.prices.create_async(wish)
+        plan = (await shop.reread())["items"].data[0]
+        await use_card(shop, DECLINES)
+        before = (await shop.reread()).to_dict()
+        change: dict[str, Any] = {
+            "items": [{"id": plan.id, "price": dearer.id}],
+            "proration_behavior": "always_invoice",
+        }
+        strict = change | {"payment_behavior": "error_if_incomplete"}
+        with pytest.raises(stripe.CardError):
+            await place.v1.subscriptions.update_async(shop.subscription, strict)
+        assert (await shop.reread()).to_dict() == before
+        assert len(await shop.invoices()) == 1
+        made = await place.v1.subscriptions.update_async(shop.subscription, change)
+        assert (made.status, (await shop.invoices())[0].status) == ("past_due", "open")
+        await use_card(shop, "pm_card_visa")
+        await place.v1.subscriptions.update_async(shop.subscription, strict)
+
+    async def test_pending_updates_are_refused_openly(self, place: Place) -> None:
+        shop = await pro_subscriber(place)
+        change = {"payment_behavior": "pending_if_incomplete"}
+        with pytest.raises(stripe.InvalidRequestError, match="twin"):
+            await place.v1.subscriptions.update_async(shop.subscription, change)
+
     async def test_a_default_incomplete_one_waits_for_its_payment(self, place: Place) -> None:
         shop = await shop_at(place)
         made = await shop.subscribe(payment_behavior="default_incomplete", expand=["latest_invoice"])
@@ -402,6 +429,16 @@ class TestSwaps:
         assert (made["items"].data[0].metadata["a"], made.description) == ("b", "smaller")
         listed = await place.v1.subscriptions.list_async({"price": shop.metered})
         assert [one.id for one in listed.data] == [shop.subscription]
+
+    async def test_the_only_item_is_replaced_and_not_removed(self, place: Place) -> None:
+        shop = await shop_at(place)
+        made = await shop.subscribe(items=[{"price": shop.plan}])
+        gone = {"id": made["items"].data[0].id, "deleted": True}
+        with pytest.raises(stripe.InvalidRequestError):
+            await place.v1.subscriptions.update_async(shop.subscription, {"items": [gone]})
+        change = {"items": [gone, {"price": shop.metered}]}
+        made = await place.v1.subscriptions.update_async(shop.subscription, change)
+        assert [one.price.id for one in made["items"].data] == [shop.metered]
 
     async def test_items_come_and_go(self, place: Place) -> None:
         shop = await shop_at(place)

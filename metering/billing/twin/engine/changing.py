@@ -17,7 +17,7 @@ from metering.billing.twin.engine.subscribing import (
     set_period,
     set_price,
 )
-from metering.billing.twin.errors import Object, invalid
+from metering.billing.twin.errors import Object
 from metering.billing.twin.shapes import blank
 from metering.billing.twin.world import World
 
@@ -101,8 +101,6 @@ def add(world: World, subscription: Object, wish: ItemWish, *, prorates: bool) -
 
 def remove(world: World, subscription: Object, item: Object, *, prorates: bool) -> None:
     """Take an item off. Flexible billing keeps its usage so far; a licensed one's rest is credited."""
-    if len(subscription["items"]["data"]) == 1:
-        raise invalid("items", "A subscription must have at least one active plan.")
     is_flexible = subscription["billing_mode"]["type"] == "flexible"
     if prorates and is_metered(item["price"]) and is_flexible:
         keep_usage(world, subscription, item)
@@ -143,3 +141,17 @@ def credit_rest(world: World, subscription: Object, item: Object) -> None:
     """Credit what was paid for the rest of the period: for a cancellation that prorates."""
     if not is_metered(item["price"]) and subscription["status"] in {"active", "past_due"}:
         _prorate(world, subscription, item, -1, "Unused time on")
+
+
+def due_at_once(world: World, subscription: Object, copied: Object, *, restarts: bool) -> int:
+    """Cents that changing *subscription* into *copied* would charge now; *restarts* begins a new, whole period."""
+    now = world.now(subscription["customer"])
+    whole = period_of(subscription)
+    left = Decimal(whole.end - now) / Decimal(whole.end - whole.start)
+    unused = Decimal(0) if subscription["status"] == "trialing" else _licensed_cents(subscription) * left
+    return int(_licensed_cents(copied) * (1 if restarts else left) - unused)
+
+
+def _licensed_cents(subscription: Object) -> Decimal:
+    items: list[Object] = [item for item in subscription["items"]["data"] if not is_metered(item["price"])]
+    return sum((Decimal(item["price"]["unit_amount_decimal"]) * item["quantity"] for item in items), Decimal(0))

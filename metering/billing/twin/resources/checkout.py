@@ -10,7 +10,7 @@ from metering.billing.twin.listing import only, page
 from metering.billing.twin.options import DAY_SECONDS
 from metering.billing.twin.resources.customers import new_customer
 from metering.billing.twin.resources.products import price_of
-from metering.billing.twin.resources.subscriptions import wish_of
+from metering.billing.twin.resources.wishes import wish_of
 from metering.billing.twin.routing import Call, get, post
 from metering.billing.twin.shapes import blank
 from metering.billing.twin.world import World

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 from metering.billing.twin.engine import invoicing, payments
 from metering.billing.twin.engine.cycle import upcoming
-from metering.billing.twin.engine.lines import is_metered
 from metering.billing.twin.engine.payments import attach
-from metering.billing.twin.engine.subscribing import add_item, set_price
 from metering.billing.twin.errors import Executed, Object, invalid, part
-from metering.billing.twin.fields import Fields, merge_metadata
+from metering.billing.twin.fields import merge_metadata
 from metering.billing.twin.listing import only, page
-from metering.billing.twin.resources.subscriptions import check_items, item_wish
+from metering.billing.twin.resources.wishes import check_items, tried
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
 
@@ -56,24 +52,7 @@ def create_preview(world: World, call: Call) -> Object:
     subscription = world.refer("subscription", identity, "subscription")
     rows = fields.inner("subscription_details").rows("items")
     check_items(world, subscription, rows)
-    tried = copy.deepcopy(subscription)
-    for row in rows:
-        _try_item(world, tried, row)
-    return upcoming(world, tried)
-
-
-def _try_item(world: World, tried: Object, row: Fields) -> None:
-    items: list[Object] = tried["items"]["data"]
-    item = next((one for one in items if one["id"] == row.string("id")), None)
-    if item is None:
-        add_item(world, tried, item_wish(world, row))
-    elif row.flag("deleted"):
-        items.remove(item)
-    else:
-        if row.has("price"):
-            set_price(item, item_wish(world, row).price)
-        if (quantity := row.whole("quantity")) is not None and not is_metered(item["price"]):
-            item["quantity"] = quantity
+    return upcoming(world, tried(world, subscription, rows))
 
 
 def update_invoice(world: World, call: Call) -> Object:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from metering.billing.twin.engine import changing, entitlements
-from metering.billing.twin.errors import Object
+from metering.billing.twin.errors import Object, invalid
 from metering.billing.twin.listing import page
-from metering.billing.twin.resources.subscriptions import change_item, item_wish
+from metering.billing.twin.resources.subscriptions import change_item
+from metering.billing.twin.resources.wishes import LAST_ITEM, item_wish
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
 
@@ -46,6 +47,8 @@ def delete_item(world: World, call: Call) -> Object:
     """Take the item off its subscription."""
     item = world.find("subscription_item", call.id)
     subscription = world.tables["subscription"][item["subscription"]]
+    if len(subscription["items"]["data"]) == 1:
+        raise invalid("id", LAST_ITEM)
     prorates = call.fields.string("proration_behavior") != "none"
     changing.remove(world, subscription, item, prorates=prorates)
     _tell(world, subscription)

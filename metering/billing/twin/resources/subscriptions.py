@@ -4,82 +4,29 @@ from __future__ import annotations
 
 from metering.billing.twin.engine import changing, entitlements, payments, standing, subscribing
 from metering.billing.twin.engine.cycle import cancel_with_usage
-from metering.billing.twin.engine.lines import interval_of, is_metered
-from metering.billing.twin.engine.subscribing import MIXED_INTERVALS, ItemWish, Wish, changed
+from metering.billing.twin.engine.lines import interval_of
+from metering.billing.twin.engine.periods import Interval
+from metering.billing.twin.engine.subscribing import ItemWish, changed
 from metering.billing.twin.errors import Object, StripeError, invalid
 from metering.billing.twin.fields import Fields, merge_metadata
 from metering.billing.twin.listing import only, page
-from metering.billing.twin.options import DAY_SECONDS
-from metering.billing.twin.resources.products import price_of
+from metering.billing.twin.resources.wishes import (
+    PRORATIONS,
+    behavior_of,
+    check_items,
+    item_wish,
+    trial_end_of,
+    tried,
+    wish_of,
+)
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
-
-# Stripe's limit: two years.
-TRIAL_DAYS_MAX = 730
-_PRORATIONS = ("create_prorations", "none", "always_invoice")
 
 
 def create_subscription(world: World, call: Call) -> Object:
     """Create a subscription and bill what is due at once."""
     customer = world.refer("customer", call.fields.must("customer"), "customer")
     return subscribing.begin(world, wish_of(world, customer["id"], call.fields, call.fields.rows("items")))
-
-
-def wish_of(world: World, customer: str, fields: Fields, rows: list[Fields]) -> Wish:
-    """What the parameters of a subscription ask for; checkout's `subscription_data` has the same names."""
-    method = fields.string("default_payment_method")
-    if method is not None:
-        method = payments.attach(world, customer, method, "default_payment_method")["id"]
-    behaviors = ("allow_incomplete", "default_incomplete", "error_if_incomplete", "pending_if_incomplete")
-    ending = fields.inner("trial_settings").inner("end_behavior")
-    return Wish(
-        customer=customer,
-        items=[item_wish(world, row) for row in rows],
-        trial_end=trial_end_of(world, customer, fields),
-        anchor=None if fields.string("billing_cycle_anchor") == "now" else fields.moment("billing_cycle_anchor"),
-        cancel_at=fields.moment("cancel_at"),
-        cancel_at_period_end=fields.flag("cancel_at_period_end") or False,
-        default_payment_method=method,
-        collection_method=fields.one_of("collection_method", "charge_automatically", "send_invoice")
-        or "charge_automatically",
-        days_until_due=fields.whole("days_until_due"),
-        billing_mode=fields.inner("billing_mode").one_of("type", "classic", "flexible") or "flexible",
-        payment_behavior=fields.one_of("payment_behavior", *behaviors) or "allow_incomplete",
-        prorates=fields.one_of("proration_behavior", *_PRORATIONS) != "none",
-        missing_payment_method=ending.one_of("missing_payment_method", "cancel", "create_invoice", "pause")
-        or "create_invoice",
-        description=fields.string("description"),
-        metadata=merge_metadata({}, fields),
-    )
-
-
-def item_wish(world: World, row: Fields) -> ItemWish:
-    """An item of a subscription as sent: a price by id, or described."""
-    described = row.inner("price_data")
-    if described.values:
-        price = world.add(price_of(world, described))
-    else:
-        price = world.refer("price", row.must("price"), row.name_of("price"))
-    if price["recurring"] is None:
-        message = (
-            "The price specified is set to `type=one_time` but this field only accepts prices with `type=recurring`."
-        )
-        raise invalid(row.name_of("price"), message)
-    quantity = row.whole("quantity")
-    if quantity is not None and is_metered(price):
-        message = "You cannot set the quantity of an item with a metered price."
-        raise invalid(row.name_of("quantity"), message)
-    return ItemWish(price=price, quantity=quantity, metadata=merge_metadata({}, row))
-
-
-def trial_end_of(world: World, customer: str, fields: Fields) -> int | None:
-    """When the trial shall end, by date or by days; `now` is no trial."""
-    days = fields.whole("trial_period_days")
-    if days is not None:
-        if days > TRIAL_DAYS_MAX:
-            raise invalid("trial_period_days", f"The trial can have at most {TRIAL_DAYS_MAX} days.")
-        return world.now(customer) + days * DAY_SECONDS if days > 0 else None
-    return None if fields.string("trial_end") == "now" else fields.moment("trial_end")
 
 
 def retrieve_subscription(world: World, call: Call) -> Object:
@@ -118,16 +65,18 @@ def update_subscription(world: World, call: Call) -> Object:
     subscription, fields = world.find("subscription", call.id), call.fields
     if subscription["status"] in standing.ENDED:
         raise StripeError(404, f"No such subscription: '{call.id}'", code="resource_missing", param="id")
-    behavior = fields.one_of("proration_behavior", *_PRORATIONS) or "create_prorations"
+    behavior = fields.one_of("proration_behavior", *PRORATIONS) or "create_prorations"
     check_items(world, subscription, fields.rows("items"))
+    if behavior_of(fields) == "error_if_incomplete":
+        _refuse_what_cannot_be_paid(world, subscription, fields)
+    _check_trial(world, subscription, fields)
     before = _change_plain_fields(world, subscription, fields)
-    old_interval = interval_of(subscription["items"]["data"][0]["price"])
+    old_interval = _interval(subscription)
     if fields.has("items"):
         before["items"] = {"data": [dict(item) for item in subscription["items"]["data"]]}
         change_items(world, subscription, fields, prorates=behavior != "none")
-    new_interval = interval_of(subscription["items"]["data"][0]["price"])
-    ends_trial = fields.string("trial_end") == "now" and subscription["status"] == "trialing"
-    is_restarted = new_interval != old_interval or fields.string("billing_cycle_anchor") == "now"
+    ends_trial = _ends_trial(subscription, fields)
+    is_restarted = _interval(subscription) != old_interval or fields.string("billing_cycle_anchor") == "now"
     if ends_trial:
         subscription["trial_end"] = world.now(subscription["customer"])
     if ends_trial or (is_restarted and subscription["status"] != "trialing"):
@@ -140,19 +89,28 @@ def update_subscription(world: World, call: Call) -> Object:
     return subscription
 
 
-def check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
-    """Refuse rows that cannot be, before anything is changed: unknown items and prices, and mixed intervals."""
-    prices = {item["id"]: item["price"] for item in subscription["items"]["data"]}
-    for index, row in enumerate(rows):
-        identity = row.string("id")
-        if identity is not None and identity not in prices:
-            raise invalid(row.name_of("id"), f"No such subscription item: '{identity}'", "resource_missing")
-        if row.has("price") or (identity is None and not row.has("price_data")):
-            prices[identity or f"new {index}"] = item_wish(world, row).price
-        if row.flag("deleted"):
-            prices.pop(identity or "", None)
-    if len({interval_of(price) for price in prices.values()}) > 1:
-        raise invalid("items", MIXED_INTERVALS)
+def _interval(subscription: Object) -> Interval:
+    return interval_of(subscription["items"]["data"][0]["price"])
+
+
+def _ends_trial(subscription: Object, fields: Fields) -> bool:
+    return fields.string("trial_end") == "now" and bool(subscription["status"] == "trialing")
+
+
+def _refuse_what_cannot_be_paid(world: World, subscription: Object, fields: Fields) -> None:
+    """Refuse a change that the card would not pay for, before it is made. Errors: 402; 400 without a card."""
+    copied = tried(world, subscription, fields.rows("items"))
+    is_trial = subscription["status"] == "trialing"
+    restarts = _interval(copied) != _interval(subscription) or fields.string("billing_cycle_anchor") == "now"
+    restarts = _ends_trial(subscription, fields) or (restarts and not is_trial)
+    if not restarts and (is_trial or fields.string("proration_behavior") != "always_invoice"):
+        return
+    is_sent = subscription["collection_method"] == "send_invoice"
+    if is_sent or changing.due_at_once(world, subscription, copied, restarts=restarts) <= 0:
+        return
+    chosen = fields.string("default_payment_method") or subscription["default_payment_method"]
+    if not payments.require_card(payments.card_of(world, subscription["customer"], chosen))["_succeeds"]:
+        raise payments.declined()
 
 
 def change_items(world: World, subscription: Object, fields: Fields, *, prorates: bool) -> None:
@@ -225,13 +183,17 @@ def _pause_of(world: World, subscription: Object, fields: Fields) -> Object | No
     return {"behavior": behavior, "resumes_at": resumes_at}
 
 
+def _check_trial(world: World, subscription: Object, fields: Fields) -> None:
+    end = trial_end_of(world, subscription["customer"], fields)
+    if end is not None and end <= world.now(subscription["customer"]):
+        raise invalid("trial_end", "The trial end must be in the future.")
+
+
 def _change_trial(world: World, subscription: Object, fields: Fields) -> Object:
-    end = fields.moment("trial_end") if fields.string("trial_end") != "now" else None
+    end = trial_end_of(world, subscription["customer"], fields)
     if end is None:
         return {}
     now = world.now(subscription["customer"])
-    if end <= now:
-        raise invalid("trial_end", "The trial end must be in the future.")
     before = changed(subscription, {"trial_end": end, "status": "trialing", "billing_cycle_anchor": end})
     subscription["trial_start"] = subscription["trial_start"] or now
     subscribing.set_period(subscription, subscribing.Span(now, end))

@@ -26,6 +26,7 @@ from metering.billing.top_up import TopUps
 from metering.billing.twin.app import Twin
 from metering.billing.twin.options import TwinOptions
 from metering.billing.twin.server import TwinServer, serving
+from tests.harness.stripe_types import check_requests
 from tests.harness.tenant import new_tenant
 
 START = datetime(2027, 1, 15, 12, 20, 30, tzinfo=UTC)
@@ -174,6 +175,7 @@ async def billing_place(
             place = BillingPlace(database, pepper, clock, twin, server, api, plans, settings)
             await place.synchronise()
             yield place
+            check_requests(twin)
         finally:
             await api.close()
             await empty(database)

@@ -147,6 +147,10 @@ def _print_status(found: Any) -> None:
     show(found.differences, _DIFFERENCE_COLUMNS, as_json=False, empty="No hour differs.")
     for one in found.invoices:
         click.echo(f"Invoice {one.invoice_id} bills {one.invoiced} micro-USD of {one.reported} that were reported.")
+    for one in found.uncollected:
+        click.echo(
+            f"No invoice takes {one.amount} (nano-USD or tokens) of {one.organization_id} from {one.window_starts_at}."
+        )
     for one in found.parked:
         click.echo(f"Nothing is reported of {one.organization_id}: {one.reason}. See `aap stripe resume`.")
 

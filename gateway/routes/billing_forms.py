@@ -201,7 +201,7 @@ def changed_subscription(subscription: Subscription) -> SubscriptionObject:
         plan=subscription.plan,
         status=subscription.status,
         price_cents_per_month=subscription.price_cents_per_month,
-        bills_usage=subscription.usage_item_id is not None,
+        bills_usage=bool(subscription.metered),
         current_period_start=_seconds(subscription.period_starts_at),
         current_period_end=_seconds(subscription.period_ends_at),
         trial_end=_seconds_or_none(subscription.trial_ends_at),

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
-from sqlalchemy import select, text
+from sqlalchemy import func, select, text
 
 from core.clock import Clock
 from core.database import Database
@@ -20,6 +20,7 @@ from core.ids import OrganizationId
 from metering.billing import emails, inbox, marks, prepaid
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.meters import Meter
+from metering.billing.ownership import keep_address
 from metering.billing.plans import Plans
 from metering.billing.projection import keep_invoice, keep_subscription
 from metering.billing.reconcile import mark_suspect
@@ -33,6 +34,7 @@ _CAUGHT_UP: Final = "events"
 _OVERLAP: Final = timedelta(minutes=10)
 """Events are listed by when they were made, and may appear a little later."""
 _INVOICES_BACK: Final = timedelta(days=70)
+_ASKED_LATELY: Final = timedelta(seconds=30)
 _KEPT: Final = timedelta(days=30)
 """How long Stripe lists events."""
 _log = structlog.get_logger(__name__)
@@ -139,6 +141,9 @@ class Applier:
 
     async def _look_at_checkout(self, session_id: str) -> bool:
         checkout = await self._api.get_checkout(session_id)
+        if checkout.customer_id is not None and checkout.email is not None:
+            async with self._database.transaction() as session:
+                await keep_address(session, checkout.customer_id, checkout.email)
         if checkout.subscription_id is not None:
             return await self.look_at_subscription(checkout.subscription_id) is not None
         if checkout.payment_intent_id is not None:
@@ -183,14 +188,15 @@ class Applier:
         if only is not None:
             statement = statement.where(BillingCustomerRow.organization_id == only)
         async with self._database.transaction() as session:
-            customers = list(await session.scalars(statement))
+            customers = [customer_id or "" for customer_id in await session.scalars(statement)]
         found = 0
-        for customer_id in customers:
+        # Everybody's come a hundred at a time; those of one are asked for by name.
+        for customer_id in customers if only is not None else [None]:
             read_at = await self._read_at()
-            for subscription in await self._api.list_subscriptions(customer_id or ""):
+            async for subscription in self._api.list_subscriptions(customer_id):
                 found += await self.keep(subscription, read_at) is not None
-            if with_invoices:
-                await self._look_at_invoices(customer_id or "")
+        for customer_id in customers if with_invoices else []:
+            await self._look_at_invoices(customer_id)
         return found
 
     async def _look_at_invoices(self, customer_id: str) -> None:
@@ -207,7 +213,10 @@ class Applier:
             over = list(
                 await session.scalars(
                     select(SubscriptionRow.id).where(
-                        SubscriptionRow.ended_at.is_(None), SubscriptionRow.period_ends_at <= now
+                        SubscriptionRow.ended_at.is_(None),
+                        SubscriptionRow.period_ends_at <= now,
+                        # One whose period does not go on, such as a paused one, need not be asked every minute.
+                        SubscriptionRow.read_at <= func.now() - _ASKED_LATELY,
                     )
                 )
             )

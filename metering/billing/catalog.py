@@ -12,16 +12,15 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import msgspec
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import Database
 from metering.billing import marks
+from metering.billing.catalog_ids import CATALOG_MARK, SoldAt
 from metering.billing.meters import TOKENS, USAGE, USAGE_CENTS_PER_UNIT, Meter
 from metering.billing.plans import Plan, Plans
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import PLAN_METADATA, USAGE_METADATA, Json
 
-_MARK: Final = "catalog"
 _USAGE_KEY: Final = "aap_usage_micro_usd_v1"
 
 
@@ -33,26 +32,6 @@ class CatalogChange(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     name: str
     detail: str
-
-
-class SoldAt(msgspec.Struct, frozen=True, kw_only=True):
-    """The ids of what is for sale."""
-
-    plans: dict[str, str] = {}
-    """A plan's price."""
-    usage_price: str | None = None
-    meters: dict[str, str] = {}
-
-
-async def sold_at(session: AsyncSession) -> SoldAt:
-    """Return what the last synchronisation came to; nothing before the first."""
-    found = await marks.get_mark(session, _MARK)
-    return SoldAt() if found is None else msgspec.convert(found, SoldAt)
-
-
-async def meter_ids(session: AsyncSession) -> dict[str, str]:
-    """Return Stripe's ids of the meters, by the names of their events."""
-    return (await sold_at(session)).meters
 
 
 def meters_of(plans: Plans) -> tuple[Meter, ...]:
@@ -73,7 +52,7 @@ async def synchronise(database: Database, api: StripeApi, plans: Plans, *, is_dr
     if not is_dry_run:
         sold = SoldAt(plans=prices, usage_price=usage_price, meters=meters)
         async with database.transaction() as session:
-            await marks.set_mark(session, _MARK, msgspec.to_builtins(sold))
+            await marks.set_mark(session, CATALOG_MARK, msgspec.to_builtins(sold))
     return sync.changes
 
 

@@ -24,6 +24,7 @@ from core.ids import OrganizationId, new_id
 from keys import tenants
 from metering.billing import catalog
 from metering.billing.apply import Applier
+from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import (
     AlreadySubscribed,
     BillingUnavailable,
@@ -108,7 +109,7 @@ class Customers:
         async with self._database.transaction() as session:
             if await _live(session, organization_id=organization_id) is not None:
                 raise AlreadySubscribed
-            sold = await catalog.sold_at(session)
+            sold = await sold_at(session)
             bought_before = await _count_bought(session, organization_id=organization_id)
         price = sold.plans.get(plan.name)
         if price is None or sold.usage_price is None:
@@ -171,7 +172,7 @@ class Customers:
         plan = self._sold(plan_name)
         async with self._database.transaction() as session:
             row = await _require_live(session, organization_id=organization_id)
-            sold = await catalog.sold_at(session)
+            sold = await sold_at(session)
             # What was used under the old plan is reported before the plan changes.
             await request_flush(session, self._clock.now(), organization_id=organization_id)
         price = sold.plans.get(plan.name)

@@ -124,7 +124,7 @@ async def prepare(
         organization_id=organization_id,
         meter=meter,
         reports=tuple((row.id, _event(row, customer_id or "")) for row in rows),
-        has_more=planned.reports >= REPORTS_AT_ONCE or len(rows) >= REPORTS_AT_ONCE,
+        has_more=planned >= REPORTS_AT_ONCE or len(rows) >= REPORTS_AT_ONCE,
         send_before=now + LEASE / 2,
     )
 

@@ -32,3 +32,12 @@ async def keep_customer(session: AsyncSession, customer_id: str, *, organization
         select(BillingCustomerRow.stripe_customer_id).where(BillingCustomerRow.organization_id == organization_id)
     )
     return kept or customer_id
+
+
+async def keep_address(session: AsyncSession, customer_id: str, email: str) -> None:
+    """Note where a customer's mails go, as it was said at a checkout, unless that is known."""
+    await session.execute(
+        update(BillingCustomerRow)
+        .where(BillingCustomerRow.stripe_customer_id == customer_id, BillingCustomerRow.email.is_(None))
+        .values(email=email)
+    )

@@ -7,13 +7,11 @@ rounded down once. Whoever plans holds the cursor's row.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -26,6 +24,7 @@ from metering.billing.tables import (
     MeterCursorRow,
     MeterReportRow,
     MeterWindowRow,
+    UncollectedUsageRow,
 )
 from metering.billing.windows import HOUR, Due, Hour, Period, Uncollected, due_windows, hour_of
 from metering.tables import SpendWindowRow
@@ -38,15 +37,10 @@ _SCAN_BACK: Final = timedelta(days=70)
 """Two periods of a month, and a little: what is settled later than that is for an operator to see."""
 
 
-class Planned(msgspec.Struct, frozen=True):
-    """What planning came to."""
+async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datetime, *, limit: int) -> int:
+    """Write reports for the usage of *cursor*'s organization that has none yet, *limit* at most; return how many.
 
-    reports: int
-    uncollected: Sequence[Uncollected] = ()
-
-
-async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datetime, *, limit: int) -> Planned:
-    """Write reports for the usage of *cursor*'s organization that has none yet; *limit* of them at most.
+    Usage that no invoice takes any more is written down for the operator.
 
     *cursor* is locked by this transaction.
     """
@@ -54,7 +48,7 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
     organization_id = OrganizationId(cursor.organization_id)
     periods = await billed_periods(session, organization_id=organization_id)
     if not periods:
-        return Planned(0)
+        return 0
     is_whole = cursor.is_flush_due or cursor.scanned_at is None or now - cursor.scanned_at >= _SCAN_EVERY
     earliest = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
     since = earliest if is_whole else max(earliest, hour_of(now) - RECENT)
@@ -72,10 +66,11 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
         await writer.write(one)
     if is_whole and len(due) <= limit:
         cursor.scanned_at = now
+        await _note_uncollected(session, meter, uncollected, now, organization_id=organization_id)
     if len(due) <= limit:
         cursor.is_flush_due = False
     await session.flush()
-    return Planned(writer.reports, uncollected)
+    return writer.reports
 
 
 async def billed_periods(session: AsyncSession, *, organization_id: OrganizationId) -> list[Period]:
@@ -244,9 +239,24 @@ async def open_cursors(session: AsyncSession, meters: Sequence[Meter], *, organi
     await session.execute(insert(MeterCursorRow).values(rows).on_conflict_do_nothing())
 
 
-def by_window(uncollected: Sequence[Uncollected]) -> dict[datetime, int]:
-    """Return what nobody can be charged for any more, by window."""
-    amounts: dict[datetime, int] = defaultdict(int)
+async def _note_uncollected(
+    session: AsyncSession,
+    meter: Meter,
+    uncollected: Sequence[Uncollected],
+    now: datetime,
+    *,
+    organization_id: OrganizationId,
+) -> None:
+    """Write down what no invoice takes any more, in the place of what was written down before."""
+    own = (UncollectedUsageRow.organization_id == organization_id, UncollectedUsageRow.meter == meter.event_name)
+    await session.execute(delete(UncollectedUsageRow).where(*own))
     for one in uncollected:
-        amounts[one.window_starts_at] += one.amount
-    return dict(amounts)
+        session.add(
+            UncollectedUsageRow(
+                organization_id=organization_id,
+                meter=meter.event_name,
+                window_starts_at=one.window_starts_at,
+                amount=one.amount,
+                seen_at=now,
+            )
+        )

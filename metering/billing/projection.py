@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
 from metering.billing import emails, prepaid
+from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
 from metering.billing.ownership import owner_of_customer
@@ -39,10 +40,12 @@ async def keep_subscription(
 ) -> OrganizationId | None:
     """Write down a subscription and what follows from it: periods, plan, status, revenue. None: it is not ours.
 
+    One that names no plan, such as an agreement that was made by hand, changes none; its status counts.
+
     *read_at* is when it was asked for, by PostgreSQL's clock: an older reading changes nothing.
     """
     organization_id = await owner_of_customer(session, subscription.customer_id)
-    if organization_id is None or subscription.plan is None:
+    if organization_id is None:
         return None
     row = await session.get(SubscriptionRow, subscription.id, with_for_update=True)
     if row is None:
@@ -52,8 +55,10 @@ async def keep_subscription(
         return organization_id
     before = (row.status, row.usage_item_id)
     _fill(row, subscription, read_at, now)
+    row.usage_item_id = await _usage_item(session, subscription)
     await session.flush()
-    await _keep_period(session, subscription, organization_id=organization_id)
+    is_metered = row.usage_item_id is not None
+    await _keep_period(session, subscription, is_metered=is_metered, organization_id=organization_id)
     if row.usage_item_id is not None:
         await open_cursors(session, meters, organization_id=organization_id)
     await _keep_revenue(session, row, now, organization_id=organization_id)
@@ -66,10 +71,9 @@ async def keep_subscription(
 
 
 def _fill(row: SubscriptionRow, subscription: Subscription, read_at: datetime, now: datetime) -> None:
-    row.plan = subscription.plan or ""
+    row.plan = subscription.plan or row.plan or ""
     row.price_cents_per_month = subscription.price_cents_per_month
     row.plan_item_id = subscription.plan_item_id
-    row.usage_item_id = subscription.usage_item_id
     row.started_at = subscription.started_at
     row.trial_ends_at = subscription.trial_ends_at
     row.cancel_at = subscription.cancel_at
@@ -83,7 +87,15 @@ def _fill(row: SubscriptionRow, subscription: Subscription, read_at: datetime, n
     row.read_at = read_at
 
 
-async def _keep_period(session: AsyncSession, subscription: Subscription, *, organization_id: OrganizationId) -> None:
+async def _usage_item(session: AsyncSession, subscription: Subscription) -> str | None:
+    """Return the item that bills usage: by its meter, whatever its price is."""
+    meter_id = (await meter_ids(session)).get(USAGE.event_name)
+    return next((item_id for item_id, meter in subscription.metered if meter == meter_id), None)
+
+
+async def _keep_period(
+    session: AsyncSession, subscription: Subscription, *, is_metered: bool, organization_id: OrganizationId
+) -> None:
     ends_at = min(subscription.period_ends_at, subscription.ended_at or subscription.period_ends_at)
     if ends_at <= subscription.period_starts_at:
         return
@@ -92,7 +104,7 @@ async def _keep_period(session: AsyncSession, subscription: Subscription, *, org
         starts_at=subscription.period_starts_at,
         ends_at=ends_at,
         organization_id=organization_id,
-        is_metered=subscription.usage_item_id is not None,
+        is_metered=is_metered,
     )
     await session.execute(
         statement.on_conflict_do_update(

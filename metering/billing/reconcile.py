@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
-from metering.billing.catalog import meter_ids
+from metering.billing.catalog_ids import meter_ids
 from metering.billing.planning import billed_periods, identifier_of
 from metering.billing.stripe_api import StripeApi
 from metering.billing.tables import BillingCustomerRow, InvoiceRow, MeterCheckRow, MeterCursorRow, MeterReportRow

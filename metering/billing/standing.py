@@ -50,8 +50,8 @@ def standing_of(subscriptions: Sequence[SubscriptionRow], plans: Plans, now: dat
         return Standing(default if has_ended else None, _ENDED_FOR if has_ended and default is None else None)
     best = min(live, key=lambda row: (_ORDER.index(row.status), -row.started_at.timestamp()))
     if best.status == "past_due" and not is_overdue(best, plans, now):
-        return Standing(best.plan, None)
-    return Standing(best.plan, _REASONS.get(best.status))
+        return Standing(best.plan or None, None)
+    return Standing(best.plan or None, _REASONS.get(best.status))
 
 
 def is_overdue(row: SubscriptionRow, plans: Plans, now: datetime) -> bool:

@@ -7,6 +7,7 @@ a day; their identifier is what makes them happen once.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -116,7 +117,9 @@ class StripeApi:
             params["email"] = email
         if test_clock is not None:
             params["test_clock"] = test_clock
-        options: stripe.RequestOptions = {"idempotency_key": f"customer:{organization_id}"}
+        # Another name or address by the next try is another request to Stripe: with the same key it would be refused.
+        wish = hashlib.sha256(msgspec.json.encode(params, order="deterministic")).hexdigest()
+        options: stripe.RequestOptions = {"idempotency_key": f"customer:{organization_id}:{wish[:16]}"}
         return (await self._read(lambda: self._client.v1.customers.create_async(params, options)))["id"]
 
     async def default_payment_method(self, customer_id: str) -> str | None:
@@ -171,11 +174,14 @@ class StripeApi:
         found = await self._read(lambda: self._client.v1.subscriptions.retrieve_async(subscription_id))
         return objects.read_subscription(found)
 
-    async def list_subscriptions(self, customer_id: str) -> list[objects.Subscription]:
-        """Return all subscriptions of a customer, ended ones too; the newest hundred."""
-        params: stripe.params.SubscriptionListParams = {"customer": customer_id, "status": "all", "limit": _PAGE}
-        found = await self._read(lambda: self._client.v1.subscriptions.list_async(params))
-        return [objects.read_subscription(one) for one in found["data"]]
+    async def list_subscriptions(self, customer_id: str | None) -> AsyncGenerator[objects.Subscription]:
+        """Yield all subscriptions of a customer, or of everybody, ended ones too, newest first."""
+        service = self._client.v1.subscriptions
+        params: dict[str, Any] = (
+            {"status": "all"} if customer_id is None else {"status": "all", "customer": customer_id}
+        )
+        async for one in self._pages(lambda page: service.list_async(cast("Any", {**params, **page}))):
+            yield objects.read_subscription(one)
 
     async def update_subscription(
         self, subscription_id: str, params: stripe.params.SubscriptionUpdateParams

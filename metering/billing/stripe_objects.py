@@ -32,7 +32,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     plan: str | None
     plan_item_id: str | None
     price_cents_per_month: int
-    usage_item_id: str | None
+    metered: tuple[tuple[str, str | None], ...]
+    """The items that bill what a meter counts, and each one's meter."""
     status: str
     started_at: datetime
     period_starts_at: datetime
@@ -96,6 +97,7 @@ class Checkout(msgspec.Struct, frozen=True, kw_only=True):
     mode: str
     status: str | None
     customer_id: str | None
+    email: str | None
     subscription_id: str | None
     payment_intent_id: str | None
 
@@ -142,10 +144,11 @@ def read_subscription(source: Json) -> Subscription:
         id=source["id"],
         customer_id=id_of(source["customer"]) or "",
         organization_id=metadata.get(ORGANIZATION_METADATA),
-        plan=None if plan_item is None else _plan_of(plan_item),
+        # A price that was made by hand, for one customer, need not name a plan: its subscription may.
+        plan=(None if plan_item is None else _plan_of(plan_item)) or metadata.get(PLAN_METADATA),
         plan_item_id=None if plan_item is None else plan_item["id"],
         price_cents_per_month=sum(_cents_per_month(item) for item in items if not _is_metered(item)),
-        usage_item_id=next((item["id"] for item in items if _is_usage(item)), None),
+        metered=tuple((item["id"], _meter_of(item)) for item in items if _is_metered(item)),
         status=source["status"],
         started_at=_moment(source.get("start_date") or source["created"]),
         period_starts_at=_moment(dated["current_period_start"]),
@@ -218,6 +221,7 @@ def read_checkout(source: Json) -> Checkout:
         mode=source["mode"],
         status=source.get("status"),
         customer_id=id_of(source.get("customer")),
+        email=cast("Json", source.get("customer_details") or {}).get("email"),
         subscription_id=id_of(source.get("subscription")),
         payment_intent_id=id_of(source.get("payment_intent")),
     )
@@ -263,9 +267,8 @@ def _is_metered(item: Json) -> bool:
     return recurring.get("usage_type") == "metered"
 
 
-def _is_usage(item: Json) -> bool:
-    # Others may meter tokens, for the customer to see.
-    return _is_metered(item) and USAGE_METADATA in cast("Json", item["price"].get("metadata") or {})
+def _meter_of(item: Json) -> str | None:
+    return cast("Json", item["price"].get("recurring") or {}).get("meter")
 
 
 def _plan_of(item: Json) -> str | None:

@@ -195,6 +195,19 @@ class MeterReportRow(Table):
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
 
 
+class UncollectedUsageRow(Table):
+    """Usage of a billed window that no invoice takes any more: its period's is final, and there is no later one."""
+
+    __tablename__ = "uncollected_usage"
+
+    organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"), primary_key=True)
+    meter: Mapped[str] = mapped_column(_METER, primary_key=True)
+    window_starts_at: Mapped[datetime] = mapped_column(_WHEN, primary_key=True)
+    amount: Mapped[int] = mapped_column(BigInteger)
+    """In the ledger's unit: nano-USD, or tokens."""
+    seen_at: Mapped[datetime] = mapped_column(_WHEN)
+
+
 class MeterCheckRow(Table):
     """An hour of a meter in which Stripe's sum is, or was, not ours."""
 

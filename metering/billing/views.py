@@ -22,6 +22,7 @@ from metering.billing.tables import (
     MeterReportRow,
     StripeEventRow,
     SubscriptionRow,
+    UncollectedUsageRow,
     WalletPostingRow,
     WalletTransferRow,
 )
@@ -107,6 +108,15 @@ class ParkedView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
+class UncollectedView(msgspec.Struct, frozen=True, kw_only=True):
+    """Usage that no invoice takes any more, in nano-USD or tokens."""
+
+    organization_id: str
+    meter: str
+    window_starts_at: datetime
+    amount: int
+
+
 class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
     """A final invoice that does not bill what was reported for its period, in micro-USD."""
 
@@ -136,6 +146,7 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[DifferenceView]
     invoices: list[InvoiceDifferenceView]
     parked: list[ParkedView]
+    uncollected: list[UncollectedView]
 
 
 async def current_subscription(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionView | None:
@@ -263,8 +274,14 @@ async def reconciliation(session: AsyncSession, limit: int = 100) -> Reconciliat
             select(MeterCursorRow).where(MeterCursorRow.parked_for.is_not(None)).limit(limit)
         )
     ]
+    uncollected = [
+        UncollectedView(**{name: getattr(row, name) for name in UncollectedView.__struct_fields__})
+        for row in await session.scalars(
+            select(UncollectedUsageRow).order_by(UncollectedUsageRow.window_starts_at).limit(limit)
+        )
+    ]
     return ReconciliationView(
-        agrees=not (differences or invoices or parked or reports.get("unknown")),
+        agrees=not (differences or invoices or parked or uncollected or reports.get("unknown")),
         reconciled_at=await marks.moment(session, "turn:reconcile"),
         reports=reports,
         oldest_open_at=oldest,
@@ -272,6 +289,7 @@ async def reconciliation(session: AsyncSession, limit: int = 100) -> Reconciliat
         differences=differences,
         invoices=invoices,
         parked=parked,
+        uncollected=uncollected,
     )
 
 

@@ -277,6 +277,18 @@ def upgrade() -> None:
         "uq_top_ups_open", "top_ups", ["organization_id"], unique=True, postgresql_where=sa.text("state = 'open'")
     )
     op.create_table(
+        "uncollected_usage",
+        sa.Column("organization_id", sa.String(length=40, collation="C"), nullable=False),
+        sa.Column("meter", sa.String(length=100, collation="C"), nullable=False),
+        sa.Column("window_starts_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("amount", sa.BigInteger(), nullable=False),
+        sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["organization_id"], ["organizations.id"], name=op.f("fk_uncollected_usage_organization_id_organizations")
+        ),
+        sa.PrimaryKeyConstraint("organization_id", "meter", "window_starts_at", name=op.f("pk_uncollected_usage")),
+    )
+    op.create_table(
         "wallet_transfers",
         sa.Column("id", sa.String(length=40, collation="C"), nullable=False),
         sa.Column("organization_id", sa.String(length=40, collation="C"), nullable=False),
@@ -320,6 +332,7 @@ def downgrade() -> None:
     op.drop_table("wallet_postings")
     op.drop_index("ix_wallet_transfers_organization_id", table_name="wallet_transfers")
     op.drop_table("wallet_transfers")
+    op.drop_table("uncollected_usage")
     op.drop_index("uq_top_ups_open", table_name="top_ups", postgresql_where=sa.text("state = 'open'"))
     op.drop_table("top_ups")
     op.drop_index("ix_subscriptions_organization_id", table_name="subscriptions")

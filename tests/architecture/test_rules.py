@@ -47,6 +47,7 @@ UNSCOPED_QUERIES = {
     ("metering/billing/outbox.py", "_refuse"): "the batch names its organization",
     ("metering/billing/outbox.py", "bring_forward"): "the operator's: everybody, or one",
     ("metering/billing/ownership.py", "owner_of_customer"): "finds out whose customer it is",
+    ("metering/billing/ownership.py", "keep_address"): "the customer is whose it is",
     ("metering/billing/projection.py", "keep_subscription"): "finds out whose it is, and checks the row's",
     ("metering/billing/projection.py", "keep_invoice"): "finds out whose it is",
     ("metering/billing/reconcile.py", "_customers"): "a worker compares everybody",
@@ -70,7 +71,7 @@ TENANT_ROWS = {
     *("BudgetRow", "UsageIntentRow", "LedgerEntryRow", "SpendWindowRow", "AllowanceEventRow"),
     *("BillingCustomerRow", "SubscriptionRow", "BillingPeriodRow", "InvoiceRow", "MeterCursorRow", "MeterWindowRow"),
     *("MeterReportRow", "MeterCheckRow", "WalletTransferRow", "WalletPostingRow", "TopUpRow", "EmailRow"),
-    "SubscriptionChangeRow",
+    *("SubscriptionChangeRow", "UncollectedUsageRow"),
 }
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+from metering.billing import views
+from metering.billing.twin.engine.payments import attach
 from tests.harness.billing import PAGES, BillingPlace
 
 
@@ -32,3 +34,56 @@ async def test_usage_before_the_subscription_is_nobodys_to_pay(place: BillingPla
     place.pass_time(hours=2)
     await place.export()
     assert await place.stripe_total(organization_id) == 2_000
+
+
+async def test_usage_that_no_invoice_takes_is_shown_to_the_operator(place: BillingPlace) -> None:
+    organization_id = await place.subscriber()
+    used_at = place.clock.now() + timedelta(minutes=2)
+    place.pass_time(minutes=5)
+    await place.customers.cancel(organization_id, at_once=True)
+    place.pass_time(hours=2)
+    await place.hear()
+    await place.use(organization_id, 7_000_000, used_at)  # settled after the last invoice was final
+    place.pass_time(days=1, hours=1)
+    await place.export()
+    async with place.database.transaction() as session:
+        seen = await views.reconciliation(session)
+    assert (seen.agrees, [one.amount for one in seen.uncollected]) == (False, [7_000_000])
+    checkout = await place.customers.subscribe(organization_id, "pro", PAGES)
+    place.twin.complete_checkout(checkout.id)
+    await place.hear()
+    place.pass_time(days=1, hours=1)
+    await place.export()
+    assert await place.stripe_total(organization_id) == 7_000
+    async with place.database.transaction() as session:
+        assert (await views.reconciliation(session)).uncollected == []
+
+
+async def test_an_agreement_made_by_hand_is_billed_and_keeps_the_plan(place: BillingPlace) -> None:
+    """Guarantee: a price that names no plan of ours still bills usage, and its subscription's status still counts."""
+    organization_id = await place.organization()
+    customer = await place.customer_of(organization_id)
+    await place.rows("UPDATE organizations SET plan = 'enterprise' WHERE id = :org RETURNING 1", org=organization_id)
+    v1 = place.api._client.v1
+    (meter,) = place.twin.state.tables["billing.meter"].values()
+    product = await v1.products.create_async({"name": "By hand"})
+    price = await v1.prices.create_async(
+        {
+            "product": product.id,
+            "currency": "usd",
+            "unit_amount_decimal": "0.00008",
+            "recurring": {"interval": "month", "usage_type": "metered", "meter": meter["id"]},
+        }
+    )
+    method = attach(place.twin.state, customer, "pm_card_visa")
+    await v1.subscriptions.create_async(
+        {"customer": customer, "items": [{"price": price.id}], "default_payment_method": method["id"]}
+    )
+    await place.hear()
+    await place.use(organization_id, 3_000_000, place.clock.now() + timedelta(minutes=2))
+    place.pass_time(hours=2)
+    await place.export()
+    assert await place.stripe_total(organization_id) == 3_000
+    assert await place.rows("SELECT plan, status FROM organizations WHERE id = :org", org=organization_id) == [
+        ("enterprise", "active")
+    ]

@@ -32,7 +32,15 @@ from tests.harness.tenant import new_tenant
 START = datetime(2027, 1, 15, 12, 20, 30, tzinfo=UTC)
 PAGES = ReturnPages(success_url="https://example.com/paid", cancel_url="https://example.com/no")
 TABLES = (
-    *("meter_cursors", "meter_windows", "meter_reports", "meter_checks", "stripe_events", "stripe_marks"),
+    *(
+        "meter_cursors",
+        "meter_windows",
+        "meter_reports",
+        "meter_checks",
+        "uncollected_usage",
+        "stripe_events",
+        "stripe_marks",
+    ),
     *("subscriptions", "billing_periods", "invoices", "emails", "top_ups", "wallet_postings", "wallet_transfers"),
     *("subscription_changes", "billing_customers", "spend_windows"),
 )

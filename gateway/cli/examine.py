@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, cast
 
 import certifi
-import msgspec
 from sqlalchemy import text
 
 from core import embedded
@@ -22,6 +21,8 @@ from core.migrations import is_current
 from core.redis import connect
 from core.settings import Settings
 from gateway.catalog_file import CatalogFile
+from gateway.cli.examine_billing import examine_stripe
+from gateway.cli.findings import Finding
 from inference.catalog import Catalog
 from inference.upstreams.http1_messages import parse_base_url
 from metering.billing.plans import Plans
@@ -35,21 +36,13 @@ _CONNECT_SECONDS_MAX: Final = 5.0
 _UNPRICED_RECENTLY: Final = timedelta(days=7)
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """One thing that was looked at."""
-
-    check: str
-    result: Literal["ok", "warning", "failed"]
-    detail: str
-
-
 def examine(settings: Settings) -> list[Finding]:
     """Return what was found, stores first."""
     configuration, catalog_file = _configuration(settings)
     findings = [_files()]
     try:
         with embedded.stores(settings) as stores:
-            findings += asyncio.run(_stores(stores, catalog_file))
+            findings += asyncio.run(_stores(stores, settings, catalog_file))
     except embedded.EmbeddedUnavailable as error:
         findings.append(Finding("stores", "failed", str(error)))
     findings.append(configuration)
@@ -74,7 +67,7 @@ def _files() -> Finding:
     return Finding("open files", "ok", str(soft))
 
 
-async def _stores(stores: embedded.Stores, catalog_file: CatalogFile | None) -> list[Finding]:
+async def _stores(stores: embedded.Stores, settings: Settings, catalog_file: CatalogFile | None) -> list[Finding]:
     database = Database(stores.database_url, connections_max=1)
     try:
         found = [
@@ -86,7 +79,9 @@ async def _stores(stores: embedded.Stores, catalog_file: CatalogFile | None) -> 
         if any(one.check == "schema" and one.result == "ok" for one in found):
             found.append(await _look("prices", lambda: _prices(database)))
             if catalog_file is not None:
-                found.append(await _look("plans", lambda: _plans(database, catalog_file.plans)))
+                plans = catalog_file.plans
+                found.append(await _look("plans", lambda: _plans(database, plans)))
+                found.append(await _look("stripe", lambda: examine_stripe(database, settings.stripe, plans)))
     finally:
         await database.close()
     return found

@@ -8,14 +8,20 @@ from datetime import datetime, timedelta
 from typing import Final, Literal
 
 import msgspec
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from metering.billing.meters import METERS
 from metering.billing.planning import plan_reports
 from metering.billing.stripe_objects import MeterEvent
-from metering.billing.tables import BillingCustomerRow, MeterCursorRow, MeterReportRow, MeterWindowRow
+from metering.billing.tables import (
+    BillingCustomerRow,
+    BillingPeriodRow,
+    MeterCursorRow,
+    MeterReportRow,
+    MeterWindowRow,
+)
 from metering.billing.windows import PAST_MAX, until_next_hour
 
 RESEND_MAX: Final = timedelta(hours=23)
@@ -97,6 +103,7 @@ async def prepare(
     if cursor is None:
         return None
     cursor.leased_until = now + LEASE
+    await _take_back_late(session, meter=meter, organization_id=organization_id)
     planned = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
     own = (MeterReportRow.organization_id == organization_id, MeterReportRow.meter == meter)
     await session.execute(
@@ -157,6 +164,41 @@ async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, n
         cursor.next_at = now if is_more else until_next_hour(now) + _spread(batch.organization_id)
 
 
+async def _take_back_late(session: AsyncSession, *, meter: str, organization_id: OrganizationId) -> None:
+    """Take the usage of reports back that were never sent and whose invoice is final by now: it is planned anew."""
+    closed = exists().where(
+        BillingPeriodRow.organization_id == organization_id,
+        BillingPeriodRow.is_closed,
+        BillingPeriodRow.starts_at <= MeterReportRow.event_at,
+        BillingPeriodRow.ends_at > MeterReportRow.event_at,
+    )
+    rows = await session.scalars(
+        select(MeterReportRow).where(
+            MeterReportRow.organization_id == organization_id,
+            MeterReportRow.meter == meter,
+            MeterReportRow.state == "new",
+            closed,
+        )
+    )
+    for row in rows:
+        row.state, row.problem = "refused", "its invoice is final"
+        if row.kind != "repair":
+            await _take_back(session, row)
+
+
+async def _take_back(session: AsyncSession, row: MeterReportRow) -> None:
+    """Count a report's usage as not planned; what the wallet paid of it stays paid."""
+    await session.execute(
+        update(MeterWindowRow)
+        .where(
+            MeterWindowRow.organization_id == row.organization_id,
+            MeterWindowRow.meter == row.meter,
+            MeterWindowRow.starts_at == row.window_starts_at,
+        )
+        .values(planned=MeterWindowRow.planned - row.value * METERS[row.meter].per_unit)
+    )
+
+
 async def _put_back(session: AsyncSession, report_ids: Sequence[str], own: Sequence[object]) -> None:
     """Undo the mark of reports that were not sent after all: what was never sent cannot be unknown."""
     if report_ids:
@@ -185,15 +227,7 @@ async def _refuse(
     row.problem = code
     if code in _PAST_CODES and now - row.event_at >= PAST_MAX and row.kind != "repair":
         row.state = "refused"
-        await session.execute(
-            update(MeterWindowRow)
-            .where(
-                MeterWindowRow.organization_id == batch.organization_id,
-                MeterWindowRow.meter == batch.meter,
-                MeterWindowRow.starts_at == row.window_starts_at,
-            )
-            .values(planned=MeterWindowRow.planned - row.value * METERS[batch.meter].per_unit)
-        )
+        await _take_back(session, row)
     else:
         row.state, row.first_sent_at, row.last_sent_at = "new", None, None
         if cursor is not None:

@@ -43,6 +43,7 @@ UNSCOPED_QUERIES = {
     ("metering/billing/outbox.py", "claim"): "a worker leases whoever is due",
     ("metering/billing/outbox.py", "count_due"): "a worker counts whoever is due",
     ("metering/billing/outbox.py", "record"): "the batch names its organization",
+    ("metering/billing/outbox.py", "_take_back"): "the report names its organization",
     ("metering/billing/outbox.py", "_put_back"): "the batch names its organization",
     ("metering/billing/outbox.py", "_refuse"): "the batch names its organization",
     ("metering/billing/outbox.py", "bring_forward"): "the operator's: everybody, or one",

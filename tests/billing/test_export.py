@@ -2,7 +2,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 
+import msgspec
+
 from metering.billing import views
+from metering.billing.export import Exporter
+from metering.billing.stripe_api import StripeApi
 from metering.billing.twin.engine.payments import attach
 from tests.harness.billing import PAGES, BillingPlace
 
@@ -34,6 +38,28 @@ async def test_usage_before_the_subscription_is_nobodys_to_pay(place: BillingPla
     place.pass_time(hours=2)
     await place.export()
     assert await place.stripe_total(organization_id) == 2_000
+
+
+async def test_what_could_not_be_sent_before_the_invoice_was_final_is_on_the_next(place: BillingPlace) -> None:
+    """Guarantee: Stripe being out of reach while an invoice is drawn up loses nothing."""
+    organization_id = await place.subscriber()
+    place.pass_time(days=31, minutes=-10)
+    await place.use(organization_id, 7_000_000)
+    place.pass_time(minutes=20)
+    nowhere = StripeApi(msgspec.structs.replace(place.settings, url="http://127.0.0.1:1"), place.clock)
+    exported = await Exporter(place.database, nowhere, place.clock).round()
+    assert exported.problem is not None
+    await nowhere.close()
+    place.pass_time(hours=3)
+    await place.hear()
+    assert await place.rows("SELECT usage_micro_usd FROM invoices WHERE usage_micro_usd IS NOT NULL") == [(0,)]
+    await place.export()
+    await place.export()
+    kinds = await place.rows("SELECT kind, state FROM meter_reports ORDER BY revision")
+    assert kinds == [("usage", "refused"), ("carried", "acked")]
+    place.pass_time(days=31)
+    await place.hear()
+    assert await place.rows("SELECT sum(usage_micro_usd) FROM invoices") == [(7_000,)]
 
 
 async def test_usage_that_no_invoice_takes_is_shown_to_the_operator(place: BillingPlace) -> None:

@@ -28,6 +28,8 @@ UNSCOPED_QUERIES = {
     ("metering/allowances.py", "standing_of"): "the allowance names its organization",
     ("metering/budgets.py", "standing_of"): "the budget names its organization",
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
+    ("metering/billing/limit_mails.py", "_note_allowances"): "a worker writes every organization's mails",
+    ("metering/billing/limit_mails.py", "_note_budgets"): "a worker writes every organization's mails",
     ("metering/caps.py", "budget_pages"): "a worker puts right every organization's",
     ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",

@@ -30,6 +30,7 @@ UNSCOPED_QUERIES = {
     ("metering/budgets.py", "_count_past"): "the budget names its organization",
     ("metering/billing/limit_mails.py", "_note_allowances"): "a worker writes every organization's mails",
     ("metering/billing/limit_mails.py", "_note_budgets"): "a worker writes every organization's mails",
+    ("metering/billing/metric_queries.py", "activity_on"): "the operator's business is all organizations",
     ("metering/caps.py", "budget_pages"): "a worker puts right every organization's",
     ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",

@@ -14,12 +14,13 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
+from core.clock import SystemClock
 from core.database import Database
 from core.ids import OrganizationId
 from core.mail import LogMailer, Mail
 from core.settings import MailSettings, Pepper
 from core.smtp import SmtpMailer
-from gateway.mail_worker import MailWorker
+from gateway.office_worker import OfficeWorker
 from metering.billing import emails
 from metering.billing.mail_texts import FactsUnreadable, text_of
 from metering.billing.mailing import ATTEMPTS_MAX, send_due
@@ -74,8 +75,8 @@ class Office:
         await self.run("UPDATE emails SET due_at = now() WHERE state = 'new'")
 
     @property
-    def worker(self) -> MailWorker:
-        return MailWorker(self.database, self.mailer)
+    def worker(self) -> OfficeWorker:
+        return OfficeWorker(self.database, self.mailer, SystemClock())
 
 
 def mailer_to(port: int) -> SmtpMailer:

@@ -1,4 +1,4 @@
-"""Mail's part of the worker process: also where Stripe is not configured, for limits are told of as well."""
+"""The office's part of the worker process: mails and business metrics, also where Stripe is not configured."""
 
 from __future__ import annotations
 
@@ -8,30 +8,36 @@ from typing import Any, Final
 
 import structlog
 
+from core.clock import Clock, SystemClock
 from core.database import DOWN, Database
 from core.mail import Mailer, mailer_for
 from core.settings import Settings
-from metering.billing import limit_mails, mailing
+from metering.billing import limit_mails, mailing, metrics
 
-_CONNECTIONS_MAX: Final = 2
+_CONNECTIONS_MAX: Final = 3
 _SEND_SECONDS: Final = 5.0
 _LIMITS_SECONDS: Final = 15.0
+_METRICS_SECONDS: Final = 900.0
 _RETRY_SECONDS: Final = 30.0
+_STATEMENT_SECONDS_MAX: Final = 120.0
+"""A day's metrics look at every organization's month."""
 _log = structlog.get_logger(__name__)
 
 
-class MailWorker:
-    """Sends mails, and writes down those that thresholds call for. Any number of workers may run."""
+class OfficeWorker:
+    """Sends mails, writes down those that thresholds call for, and keeps metrics. Any number of workers may run."""
 
-    def __init__(self, database: Database, mailer: Mailer) -> None:
+    def __init__(self, database: Database, mailer: Mailer, clock: Clock) -> None:
         self._database = database
         self._mailer = mailer
+        self._clock = clock
 
     async def run(self) -> None:
         """Work until cancelled. A store down costs a round."""
         async with asyncio.TaskGroup() as group:
             group.create_task(_forever(self.send, _SEND_SECONDS))
             group.create_task(_forever(self.note_limits, _LIMITS_SECONDS))
+            group.create_task(_forever(self.compute_metrics, _METRICS_SECONDS))
 
     async def send(self) -> int:
         """Send the mails that are due."""
@@ -41,13 +47,22 @@ class MailWorker:
         """Write down mails for thresholds that were crossed."""
         return await limit_mails.note_limits(self._database)
 
+    async def compute_metrics(self) -> int:
+        """Compute yesterday's metrics, and what is missing or wrong of the weeks before."""
+        days = await metrics.compute_due(self._database, self._clock)
+        if days:
+            _log.info("metrics.computed", days=days)
+        return days
+
 
 async def run(settings: Settings) -> None:
     """Work until cancelled."""
     assert settings.database_url is not None
-    database = Database(settings.database_url, connections_max=_CONNECTIONS_MAX)
+    database = Database(
+        settings.database_url, connections_max=_CONNECTIONS_MAX, statement_seconds_max=_STATEMENT_SECONDS_MAX
+    )
     try:
-        await MailWorker(database, mailer_for(settings.mail)).run()
+        await OfficeWorker(database, mailer_for(settings.mail), SystemClock()).run()
     finally:
         await database.close()
 
@@ -59,7 +74,7 @@ async def _forever(act: Callable[[], Awaitable[Any]], pause_seconds: float) -> N
             await act()
         except DOWN as error:
             pause = max(pause_seconds, _RETRY_SECONDS)
-            _log.warning("mail.round_failed", act=act.__name__, error=type(error).__name__)
+            _log.warning("office.round_failed", act=act.__name__, error=type(error).__name__)
         except Exception:  # noqa: BLE001 - worker loops outlive a bug, and log it
-            _log.exception("mail.round_broke", act=act.__name__)
+            _log.exception("office.round_broke", act=act.__name__)
         await asyncio.sleep(pause)

@@ -1,4 +1,4 @@
-"""The office's part of the worker process: mails and business metrics, also where Stripe is not configured."""
+"""The office's part of the worker process: mails, business metrics, plans' prices; also where there is no Stripe."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from core.clock import Clock, SystemClock
 from core.database import DOWN, Database
 from core.mail import Mailer, mailer_for
 from core.settings import Settings
+from gateway.plan_file import PlanFile
 from metering.billing import limit_mails, mailing, metrics
+from metering.billing.plan_prices import PlanPrices
 
 _CONNECTIONS_MAX: Final = 3
 _SEND_SECONDS: Final = 5.0
 _LIMITS_SECONDS: Final = 15.0
 _METRICS_SECONDS: Final = 900.0
+_PRICES_SECONDS: Final = 5.0
 _RETRY_SECONDS: Final = 30.0
 _STATEMENT_SECONDS_MAX: Final = 120.0
 """A day's metrics look at every organization's month."""
@@ -61,8 +64,11 @@ async def run(settings: Settings) -> None:
     database = Database(
         settings.database_url, connections_max=_CONNECTIONS_MAX, statement_seconds_max=_STATEMENT_SECONDS_MAX
     )
+    plans = PlanPrices(database, PlanFile(settings.config_path).known_plans)
     try:
-        await OfficeWorker(database, mailer_for(settings.mail), SystemClock()).run()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(OfficeWorker(database, mailer_for(settings.mail), SystemClock()).run())
+            group.create_task(_forever(plans.keep, _PRICES_SECONDS))
     finally:
         await database.close()
 

@@ -10,6 +10,9 @@ NanoUsd = NewType("NanoUsd", int)
 
 NANO_USD_PER_USD: Final = 1_000_000_000
 _AMOUNT: Final = re.compile(r"-?\d{1,12}(?:\.\d{1,9})?", re.ASCII)
+# A second or a picture costs so little that nine decimals are too few: a rate holds fifteen.
+_EACH: Final = re.compile(r"\d{1,6}(?:\.\d{1,15})?", re.ASCII)
+_RATE_PER_USD_EACH: Final = 10**15
 
 
 def usd_text(amount: int) -> str:
@@ -24,3 +27,10 @@ def parse_usd(text: str) -> NanoUsd:
     if not _AMOUNT.fullmatch(text):
         raise ValueError("expected US dollars with at most nine decimals, such as 12.50")
     return NanoUsd(int(Decimal(text) * NANO_USD_PER_USD))
+
+
+def parse_usd_each(text: str) -> int:
+    """Return US dollars for one thing in nano-USD per million of them. Errors: ValueError for what is no such price."""
+    if not _EACH.fullmatch(text):
+        raise ValueError("expected US dollars with at most fifteen decimals, such as 0.0001")
+    return int(Decimal(text) * _RATE_PER_USD_EACH)

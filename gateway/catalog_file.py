@@ -67,6 +67,8 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> Parsed:
         raise ConfigurationInvalid(problems + error.problems) from None
     # A limit on a model that is not there would hold for nobody, and be missed by somebody.
     problems += unknown_names(limits.model, catalog.models, "limits.model.")
+    for plan in plans:
+        problems += unknown_names(plan.prices, catalog.models, f"plans.{plan.name}.prices.")
     if problems:
         raise ConfigurationInvalid(problems)
     return Parsed(catalog, limits, plans)

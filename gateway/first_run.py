@@ -67,7 +67,7 @@ async def _first_prices(session: AsyncSession) -> None:
 
     Only then. Later lists are the operator's to import, who is charged by them.
     """
-    if await session.scalar(select(PriceRow.id).limit(1)) is not None:
+    if await session.scalar(select(PriceRow.id).where(PriceRow.plan.is_(None)).limit(1)) is not None:
         return
     listed: dict[str, PriceTerms] = {}
     digest = ""

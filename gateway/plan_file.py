@@ -18,6 +18,7 @@ class PlanFile:
     def __init__(self, path: Path) -> None:
         self._file = ConfigurationFile(path)
         self._plans = Plans()
+        self._is_known = False
         self._read()
 
     def plans(self) -> Plans:
@@ -26,8 +27,14 @@ class PlanFile:
             self._read()
         return self._plans
 
+    def known_plans(self) -> Plans | None:
+        """As `plans`; None as long as there was no file that could be read: what is absent then means nothing."""
+        plans = self.plans()
+        return plans if self._is_known else None
+
     def _read(self) -> None:
         try:
             self._plans = build_plans(self._file.read())
+            self._is_known = self._file.path.exists()
         except ConfigurationInvalid as error:
             _log.error("configuration.refused", file=self._file.path.name, problems=error.problems)

@@ -145,7 +145,8 @@ class CallMeter:
         if not prices.is_loaded:
             raise LedgerUnavailable
         assert principal is not None
-        return prices.find(principal.organization_id, exchange.model, deployment.price_names) or _UNPRICED
+        found = prices.find(principal.organization_id, exchange.model, deployment.price_names, principal.plan_name)
+        return found or _UNPRICED
 
 
 class _Payer(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ from keys.dimensions import DIMENSIONS
 from keys.errors import AuthenticationUnavailable, KeyIncorrect, KeyMissing, TooManyFailures
 from keys.limits import DefaultLimits, RateLimits
 from keys.plans import PlanLimits, no_plans
-from keys.principal import Grants, Limits, Principal
+from keys.principal import Account, Grants, Limits, Principal
 from keys.tables import BudgetRow, KeyRow, KeySecretRow, OrganizationRow, RateLimitRow
 
 _PRINCIPALS_MAX: Final = 50_000
@@ -304,6 +304,9 @@ def _principal(secret: KeySecretRow, key: KeyRow, organization: OrganizationRow,
         ),
         limits=limits,
         usable_until_seconds=min(ends, default=math.inf),
-        disconnect_policy=organization.disconnect_policy,
-        suspended_for=(organization.status_reason or "") if organization.status == "suspended" else None,
+        account=Account(
+            disconnect_policy=organization.disconnect_policy,
+            suspended_for=(organization.status_reason or "") if organization.status == "suspended" else None,
+            plan_name=organization.plan,
+        ),
     )

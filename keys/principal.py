@@ -51,6 +51,19 @@ class Limits:
         self.allowances = allowances
 
 
+class Account:
+    """What holds for everything that a caller's organization does."""
+
+    __slots__ = ("disconnect_policy", "plan_name", "suspended_for")
+
+    def __init__(
+        self, *, disconnect_policy: str, suspended_for: str | None = None, plan_name: str | None = None
+    ) -> None:
+        self.disconnect_policy = disconnect_policy
+        self.suspended_for = suspended_for
+        self.plan_name = plan_name
+
+
 class Principal:
     """One secret of one key. Immutable but for the plans that it builds on demand.
 
@@ -65,6 +78,7 @@ class Principal:
         "limits",
         "organization_id",
         "other_plans",
+        "plan_name",
         "plans",
         "project_id",
         "secret_id",
@@ -79,16 +93,18 @@ class Principal:
         grants: Grants,
         limits: Limits,
         usable_until_seconds: float,
-        disconnect_policy: str,
-        suspended_for: str | None = None,
+        account: Account,
     ) -> None:
         self.organization_id, self.project_id, self.key_id, self.secret_id = ids
         self.grants = grants
         self.limits = limits
         self.usable_until_seconds = usable_until_seconds
-        self.disconnect_policy = disconnect_policy
-        self.suspended_for = suspended_for
+        # Flat: the hot path reads these on every call.
+        self.disconnect_policy = account.disconnect_policy
+        self.suspended_for = account.suspended_for
         """Why the organization is suspended; None while it is not."""
+        self.plan_name = account.plan_name
+        """The organization's plan, by its name in aap.toml; None without one."""
         self.plans: dict[str, QuotaPlan] = {}
         # Of operations that are no chat: the same ones, unless chat requests are limited.
         counts_chat = any(allowance.unit == "chat_requests" for allowance in limits.allowances)

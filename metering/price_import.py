@@ -76,7 +76,7 @@ async def _imported(session: AsyncSession) -> dict[str, PriceTerms]:
     """Return the newest imported price of each model."""
     rows = await session.execute(
         select(PriceRow.model, PriceRow.id, PriceRow.terms)
-        .where(PriceRow.source != MANUAL, PriceRow.organization_id.is_(None))
+        .where(PriceRow.source != MANUAL, PriceRow.organization_id.is_(None), PriceRow.plan.is_(None))
         .ext(distinct_on(PriceRow.model))
         .order_by(PriceRow.model, PriceRow.effective_from.desc(), PriceRow.id.desc())
     )

@@ -1,8 +1,8 @@
 """Prices: rows that are never changed, and what of them each process holds ready for its calls.
 
-A price is the operator's (`manual`: for everybody, or for one organization), or comes from a list. What a provider
-takes goes by the operator's price for the model, else by the list's; what an organization pays goes by its own price,
-else by the same as the cost.
+A price is the operator's (`manual`: for everybody, or for one organization), or a plan's, or comes from a list. What a
+provider takes goes by the operator's price for the model, else by the list's; what an organization pays goes by its own
+price, else by its plan's, else by the same as the cost.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from metering.rating import DEFAULT_TIER, PriceTerms, Rates, Step
 from metering.tables import PriceRow, SpendWindowRow
 
 MANUAL: Final = "manual"
+PLAN: Final = "plan"
+PLAN_END: Final = "plan_end"
+"""The source of a version that ends a plan's price: from then on there is none. (`metering/billing/plan_prices.py`)"""
 _FOUND_MAX: Final = 50_000
 _HOUR_SECONDS: Final = 3_600
-_NOTHING_PRICED: Final = PriceTerms(tiers={DEFAULT_TIER: (Step(rates=Rates()),)})
+NOTHING_PRICED: Final = PriceTerms(tiers={DEFAULT_TIER: (Step(rates=Rates()),)})
 _log = structlog.get_logger(__name__)
 
 
@@ -53,6 +56,7 @@ class PriceVersion(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     model: str
     organization_id: OrganizationId | None
+    plan: str | None
     source: str
     effective_from: datetime
     terms: PriceTerms
@@ -100,25 +104,29 @@ async def list_prices(
     session: AsyncSession,
     *,
     organization_id: OrganizationId | None,
+    plan: str | None = None,
     model: str | None = None,
     at: datetime | None = None,
     all_versions: bool = False,
 ) -> list[PriceVersion]:
-    """Return an organization's own prices, or (None) everybody's, by model: those in force *at* a time, or now.
+    """Return an organization's own prices, or a plan's, or (both None) everybody's: those in force *at* a time, or now.
 
-    With *all_versions* every one that there ever was or is to be, of each model the latest first.
+    By model; with *all_versions* every one that there ever was or is to be, of each model the latest first.
     """
-    owner = PriceRow.organization_id
-    statement = select(PriceRow).where(owner.is_(None) if organization_id is None else owner == organization_id)
+    # Of a plan all versions are one price, ended or not; of everybody's models a list's and the operator's are two.
+    price = (PriceRow.model,) if plan is not None else (PriceRow.model, PriceRow.source)
+    statement = select(PriceRow).where(
+        PriceRow.organization_id.is_not_distinct_from(organization_id), PriceRow.plan.is_not_distinct_from(plan)
+    )
     if model is not None:
         statement = statement.where(PriceRow.model == model)
     if not all_versions:
         # Now is PostgreSQL's: by another machine's clock, what was just set might not have begun.
         statement = statement.where(PriceRow.effective_from <= (at or func.clock_timestamp()))
-        statement = statement.ext(distinct_on(PriceRow.model, PriceRow.source))
+        statement = statement.ext(distinct_on(*price))
     latest_first = (PriceRow.effective_from.desc(), PriceRow.id.desc())
-    rows = await session.scalars(statement.order_by(PriceRow.model, PriceRow.source, *latest_first))
-    return [version_of(row) for row in rows]
+    rows = await session.scalars(statement.order_by(*price, *latest_first))
+    return [version_of(row) for row in rows if all_versions or row.source != PLAN_END]
 
 
 async def get_prices_by_id(session: AsyncSession, ids: Collection[str]) -> dict[str, Price]:
@@ -147,14 +155,14 @@ class _Versions:
     """The versions of one price from now on, the earliest first."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[datetime, str, Price]] = []
+        self._rows: list[tuple[datetime, str, Price | None]] = []
 
     def add(self, row: PriceRow) -> None:
-        self._rows.append((row.effective_from, row.id, _price(row)))
+        self._rows.append((row.effective_from, row.id, None if row.source == PLAN_END else _price(row)))
         self._rows.sort(key=lambda version: version[:2])
 
     def at(self, now: datetime) -> Price | None:
-        """Return the one that holds; of two that began together the later id."""
+        """Return the one that holds; of two that began together the later id. None: none has begun, or it was ended."""
         held = [price for begins, _, price in self._rows if begins <= now]
         return held[-1] if held else None
 
@@ -162,7 +170,8 @@ class _Versions:
         return (begins for begins, _, _ in self._rows if begins > now)
 
 
-_Key = tuple[str | None, str, bool]
+_Key = tuple[str | None, str | None, str, bool]
+"""Organization, plan, model, and whether an operator set it by hand."""
 
 
 class PriceBook:
@@ -175,27 +184,29 @@ class PriceBook:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._versions: Mapping[_Key, _Versions] = {}
-        self._found: dict[tuple[str, str, tuple[str, ...]], CallPrices | None] = {}
+        self._found: dict[tuple[str, str, tuple[str, ...], str | None], CallPrices | None] = {}
         self._seen: tuple[int | None, frozenset[str]] | None = None
         self._next_begins: datetime | None = None
         self._turns_at_seconds = math.inf
         self.is_loaded = False
         """Whether it was ever read: before that, that a price is missing means nothing."""
 
-    def find(self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...]) -> CallPrices | None:
+    def find(
+        self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...], plan: str | None = None
+    ) -> CallPrices | None:
         """Return what a call of the catalog's *model* is rated by; None if no price is known for it at all.
 
-        *list_names* are the names that lists may have for the deployment, the best first.
+        *list_names* are the names that lists may have for the deployment, the best first; *plan* is the organization's.
         """
         if self._turns_at_seconds != math.inf and self._clock.monotonic_seconds() >= self._turns_at_seconds:
             self._turn()
-        key = (organization_id, model, list_names)
+        key = (organization_id, model, list_names, plan)
         try:
             return self._found[key]
         except KeyError:
             if len(self._found) >= _FOUND_MAX:
                 self._found.clear()
-            found = self._found[key] = self._look_up(organization_id, model, list_names)
+            found = self._found[key] = self._look_up(organization_id, model, list_names, plan)
             return found
 
     async def refresh(self, database: Database, names: Collection[str]) -> bool:
@@ -230,11 +241,14 @@ class PriceBook:
         left = math.inf if self._next_begins is None else (self._next_begins - now).total_seconds()
         self._turns_at_seconds = self._clock.monotonic_seconds() + left
 
-    def _look_up(self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...]) -> CallPrices | None:
+    def _look_up(
+        self, organization_id: OrganizationId, model: str, list_names: tuple[str, ...], plan: str | None
+    ) -> CallPrices | None:
         now = self._clock.now()
-        candidates: list[_Key] = [(None, model, True), *((None, name, False) for name in list_names)]
+        candidates: list[_Key] = [(None, None, model, True), *((None, None, name, False) for name in list_names)]
         cost = next((price for key in candidates if (price := self._at(key, now)) is not None), None)
-        charge = self._at((organization_id, model, True), now) or cost
+        of_plan = None if plan is None else self._at((None, plan, model, False), now)
+        charge = self._at((organization_id, None, model, True), now) or of_plan or cost
         return None if charge is None else CallPrices(cost=cost, charge=charge)
 
     def _at(self, key: _Key, now: datetime) -> Price | None:
@@ -245,7 +259,7 @@ class PriceBook:
 async def _load(session: AsyncSession, names: frozenset[str], now: datetime) -> dict[_Key, _Versions]:
     """Return the version of each price that holds at *now*, and all later ones."""
     wanted = PriceRow.model.in_(names)
-    group = (PriceRow.model, PriceRow.organization_id, PriceRow.source == MANUAL)
+    group = (PriceRow.model, PriceRow.organization_id, PriceRow.plan, PriceRow.source == MANUAL)
     present = await session.scalars(
         select(PriceRow)
         .where(wanted, PriceRow.effective_from <= now)
@@ -255,7 +269,8 @@ async def _load(session: AsyncSession, names: frozenset[str], now: datetime) -> 
     later = await session.scalars(select(PriceRow).where(wanted, PriceRow.effective_from > now))
     found: dict[_Key, _Versions] = {}
     for row in [*present, *later]:
-        found.setdefault((row.organization_id, row.model, row.source == MANUAL), _Versions()).add(row)
+        key = (row.organization_id, row.plan, row.model, row.source == MANUAL)
+        found.setdefault(key, _Versions()).add(row)
     return found
 
 
@@ -265,6 +280,7 @@ def version_of(row: PriceRow) -> PriceVersion:
         id=row.id,
         model=row.model,
         organization_id=None if row.organization_id is None else OrganizationId(row.organization_id),
+        plan=row.plan,
         source=row.source,
         effective_from=row.effective_from,
         terms=terms_of(row.id, row.terms),
@@ -280,7 +296,7 @@ def terms_of(price_id: str, stored: object) -> PriceTerms:
         return msgspec.convert(stored, PriceTerms)
     except msgspec.ValidationError as error:
         _log.error("price.not_understood", price_id=price_id, problem=str(error))
-        return _NOTHING_PRICED
+        return NOTHING_PRICED
 
 
 def _price(row: PriceRow) -> Price:

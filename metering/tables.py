@@ -61,13 +61,21 @@ class PriceRow(Table):
     """
 
     __tablename__ = "prices"
-    __table_args__ = (Index("ix_prices_model", "model", "organization_id", "effective_from"),)
+    __table_args__ = (
+        Index("ix_prices_model", "model", "organization_id", "effective_from"),
+        Index("ix_prices_plan", "plan", "model", "effective_from", postgresql_where=text("plan IS NOT NULL")),
+    )
 
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
     model: Mapped[str] = mapped_column(_NAME)
     organization_id: Mapped[str | None] = mapped_column(_ID, ForeignKey("organizations.id"))
     source: Mapped[str] = mapped_column(String(16))
-    """`manual`, `litellm`, or `builtin` for the model that comes with the gateway."""
+    """`manual`, `litellm`, or `builtin` for the model that comes with the gateway; of a plan `plan` or `plan_end`."""
+    plan: Mapped[str | None] = mapped_column(_ID)
+    """A plan of aap.toml whose organizations pay this; written from there. None: for everybody, or *organization_id*.
+
+    Whoever asks for everybody's prices must leave these out.
+    """
     source_digest: Mapped[str | None] = mapped_column(String(64))
     """SHA-256 of the file that it was imported from; None for prices that came from no file."""
     terms: Mapped[dict[str, object]] = mapped_column(JSONB)

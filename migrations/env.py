@@ -6,12 +6,14 @@ from core.database import Table
 from gateway import tables as gateway_tables
 from keys import tables as keys_tables
 from metering import tables as metering_tables
+from metering.billing import metrics_tables
 from metering.billing import tables as billing_tables
 
 _ROWS = (
     keys_tables.KeyRow,
     metering_tables.PriceRow,
     billing_tables.SubscriptionRow,
+    metrics_tables.DailyMetricsRow,
     gateway_tables.IdempotentAnswerRow,
 )
 assert all(row.metadata is Table.metadata for row in _ROWS)

@@ -132,7 +132,7 @@ async def _redis(url: str) -> Finding:
 
 async def _prices(database: Database) -> Finding:
     async with database.transaction() as session:
-        count = await session.scalar(text("SELECT count(DISTINCT model) FROM prices"))
+        count = await session.scalar(text("SELECT count(DISTINCT model) FROM prices WHERE plan IS NULL"))
         missing = await missing_prices(session)
     recent = datetime.now(UTC) - _UNPRICED_RECENTLY
     names = [one.model for one in missing if one.last_hour >= recent]

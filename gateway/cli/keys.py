@@ -34,7 +34,9 @@ def keys_command() -> None:
     type=click.Choice(ALL_SCOPES),
     help="What it may do. Default: all of calling models, nothing of administration.",
 )
-@click.option("--admin", is_flag=True, help="An admin key: it reads usage and the ledger, manages billing, and calls no model.")
+@click.option(
+    "--admin", is_flag=True, help="An admin key: it reads usage and the ledger, manages billing, and calls no model."
+)
 @click.option("--model", "models", multiple=True, help="A model it may use. Default: all.")
 @click.option("--ip", "networks", multiple=True, help="A network it works from, such as 192.0.2.0/24. Default: all.")
 @click.option("--expires-in-days", type=click.IntRange(1, 36_500), help="When it ends. Default: never.")

@@ -93,13 +93,15 @@ class ImportReport(msgspec.Struct, frozen=True, kw_only=True):
     rounded: int
 
 
-def list_all(glob: str | None, org: str | None, *, all_versions: bool) -> list[PriceVersion]:
-    """Return everybody's prices, or an organization's own."""
+def list_all(glob: str | None, org: str | None, plan: str | None, *, all_versions: bool) -> list[PriceVersion]:
+    """Return everybody's prices, or an organization's own, or a plan's."""
 
     async def act(stores: Stores) -> list[PriceVersion]:
         organization_id = None if org is None else await chosen_organization(stores, org)
         async with stores.database.transaction() as session:
-            found = await prices.list_prices(session, organization_id=organization_id, all_versions=all_versions)
+            found = await prices.list_prices(
+                session, organization_id=organization_id, plan=plan, all_versions=all_versions
+            )
         return [version for version in found if glob is None or fnmatchcase(version.model, glob)]
 
     return on_stores(act)

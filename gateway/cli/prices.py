@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
 import click
 
-from core.money import parse_usd
+from core.money import parse_usd, parse_usd_each
 from gateway.cli.common import fail, json_option, print_json, show
 
 _COLUMNS: Final = (
@@ -20,9 +18,6 @@ _COLUMNS: Final = (
 _SET_COLUMNS: Final = ("price", "before", "now")
 _CHANGE_COLUMNS: Final = ("model", "kind", "largest_change_percent", "input_before", "input", "output_before", "output")
 _MISSING_COLUMNS: Final = ("model", "requests", "first_hour", "last_hour")
-# A second or a picture costs so little that nine decimals are too few: a rate holds fifteen.
-_EACH: Final = re.compile(r"\d{1,6}(?:\.\d{1,15})?", re.ASCII)
-_RATE_PER_USD_EACH: Final = 10**15
 # Option → the dimension of `metering.usage.Units` that it prices. (A test compares them.)
 TOKEN_OPTIONS: Final = {
     "--input": "input_tokens",
@@ -52,9 +47,10 @@ def _usd_per_million(text: str) -> int:
 
 def _usd_each(text: str) -> int:
     """Return US dollars for one as nano-USD per million."""
-    if not _EACH.fullmatch(text):
-        raise click.BadParameter("expected US dollars with at most fifteen decimals, such as 0.0001")
-    return int(Decimal(text) * _RATE_PER_USD_EACH)
+    try:
+        return parse_usd_each(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _future(text: str) -> datetime:
@@ -77,16 +73,19 @@ def prices_command() -> None:
 @prices_command.command("list")
 @click.option("--model", metavar="GLOB", help="Only models of this name, such as 'gpt-4o*'. Default: all.")
 @click.option("--org", help="The prices of an organization's own. Default: everybody's.")
+@click.option("--plan", help="The prices of a plan, which aap.toml sets.")
 @click.option("--all-versions", is_flag=True, help="Also those that held before, and those that will.")
 @json_option
-def list_prices(model: str | None, org: str | None, all_versions: bool, as_json: bool) -> None:
+def list_prices(model: str | None, org: str | None, plan: str | None, all_versions: bool, as_json: bool) -> None:
     """List prices, in US dollars: per million tokens, per picture, per second of sound.
 
     What the column "more" names is shown whole with --json: there, as rates in nano-USD per million units.
     """
     from gateway.cli import price_acts
 
-    versions = price_acts.list_all(model, org, all_versions=all_versions)
+    if org is not None and plan is not None:
+        raise click.UsageError("--org and --plan contradict each other")
+    versions = price_acts.list_all(model, org, plan, all_versions=all_versions)
     if as_json:
         print_json(versions)
         return

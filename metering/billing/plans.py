@@ -14,6 +14,8 @@ import msgspec
 
 from core.configuration import ConfigurationInvalid, Tables, unknown_names
 from keys.plans import PLAN_LIMIT_MAX, PLAN_LIMITS, PlanLimits
+from metering.billing.plan_terms import read_terms
+from metering.rating import PriceTerms
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,39}", re.ASCII)
 # `aap orgs set-plan ORG none` takes the plan away.
@@ -23,7 +25,7 @@ _PRICE: Final = re.compile(r"\d{1,6}(?:\.\d{1,2})?", re.ASCII)
 # Stripe: `trial_period_days`.
 _TRIAL_DAYS_MAX: Final = 730
 _GRACE_DAYS_MAX: Final = 90
-_PLAN_KEYS: Final = ("title", "price_usd_per_month", "trial_days", "bills_usage", "limits")
+_PLAN_KEYS: Final = ("title", "price_usd_per_month", "trial_days", "bills_usage", "limits", "prices")
 
 EXAMPLE: Final = """\
 # Three plans. A limit that is left out is none; months are calendar months in UTC.
@@ -66,6 +68,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     bills_usage: bool
     """Whether what is used is invoiced beside the price. Else it is included, up to the limits."""
     limits: PlanLimits
+    prices: dict[str, PriceTerms] = {}
+    """What its organizations pay for a model of the catalog, by its name; for all others what everybody does."""
 
     @property
     def is_sold(self) -> bool:
@@ -155,6 +159,7 @@ def _plan(name: str, value: object, problems: list[str]) -> Plan:
         price_cents_per_month=_cents(table.get("price_usd_per_month", 0), f"{where}.price_usd_per_month", problems),
         trial_days=_whole(table.get("trial_days", 0), f"{where}.trial_days", _TRIAL_DAYS_MAX, problems),
         limits=_limits(table.get("limits", {}), f"{where}.limits", problems),
+        prices=read_terms(table.get("prices", {}), f"{where}.prices", problems),
     )
 
 

@@ -24,7 +24,7 @@ from keys.errors import BudgetExhausted, PlanLimitReached, QuotaUnverifiable, Ra
 from keys.limits import QUOTA_SCRIPTS, QuotaPlan, RateLimits, ScopedLimits
 from keys.local_quota import LocalQuota
 from keys.plans import PlanLimits
-from keys.principal import Grants, Limits, Principal
+from keys.principal import Account, Grants, Limits, Principal
 from keys.quota import Quota, Reservation, Spend
 from tests.harness.stores import TestStores
 
@@ -294,7 +294,7 @@ def principal_of(included: PlanLimits | None) -> Principal:
             key=none, project=none, organization=none, model={}, allowances=allowances_of(included, organization_id)
         ),
         usable_until_seconds=0,
-        disconnect_policy="drain",
+        account=Account(disconnect_policy="drain"),
     )
 
 

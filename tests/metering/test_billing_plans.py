@@ -7,8 +7,12 @@ import tomllib
 import pytest
 
 from core.configuration import ConfigurationInvalid
+from gateway.cli.prices import EACH_OPTIONS, TOKEN_OPTIONS
 from keys.plans import PLAN_LIMIT_MAX, PlanLimits
+from metering.billing.plan_terms import PRICE_FIELDS
 from metering.billing.plans import EXAMPLE, Plan, Plans, build_plans
+from metering.rating import PriceTerms, Rates, Step
+from metering.usage import UNIT_NAMES
 
 
 def read(text: str) -> Plans:
@@ -39,6 +43,7 @@ class TestUnderstood:
             title="Pro",
             price_cents_per_month=9_900,
             trial_days=0,
+            bills_usage=True,
             limits=PlanLimits(
                 chat_requests_per_month=100_000, workflow_executions_per_month=10_000, storage_gigabytes=100
             ),
@@ -56,9 +61,25 @@ class TestUnderstood:
     def test_what_is_left_out_has_a_default(self) -> None:
         plans = read("[plans.p]")
         assert plans.by_name["p"] == Plan(
-            name="p", title="p", price_cents_per_month=0, trial_days=0, limits=PlanLimits()
+            name="p", title="p", price_cents_per_month=0, trial_days=0, bills_usage=False, limits=PlanLimits()
         )
         assert plans.billing.grace_days == 7
+
+    def test_unit_prices_are_terms_of_the_same_dimensions_as_the_command_lines(self) -> None:
+        """Guarantee: whatever `aap prices set` can price, a plan can, and nothing else."""
+        assert set(PRICE_FIELDS.values()) == {*TOKEN_OPTIONS.values(), *EACH_OPTIONS.values()} == set(UNIT_NAMES)
+        found = read(
+            '[plans.p.prices."gpt-4o"]\ninput_usd_per_million = "2.50"\noutput_usd_per_million = 10\n'
+            'cached_input_usd_per_million = 0\naudio_second_usd = "0.0001"\nimage_usd = "0.04"'
+        ).by_name["p"]
+        rates = Rates(
+            input_tokens=2_500_000_000,
+            cached_input_tokens=0,
+            output_tokens=10**10,
+            audio_seconds=10**11,
+            images=4 * 10**13,
+        )
+        assert found.prices == {"gpt-4o": PriceTerms(tiers={"default": (Step(rates=rates),)})}
 
     def test_a_limit_of_nothing_at_all_is_one(self) -> None:
         assert read("[plans.p.limits]\nagents = 0").limits_of("p") == PlanLimits(agents=0)
@@ -110,6 +131,14 @@ class TestProblems:
             "[plans.p]\nprice_usd_per_month = -1",
             '[plans.p]\nprice_usd_per_month = "1e3"',
             '[plans.p]\nprice_usd_per_month = "1000000"',
+            "[plans.p]\nprices = 3",
+            "[plans.p.prices]\nm = 3",
+            "[plans.p.prices.m]",
+            "[plans.p.prices.m]\ninput_usd_per_million = -1",
+            "[plans.p.prices.m]\ninput_usd_per_million = 2.5",
+            '[plans.p.prices.m]\ninput_usd_per_million = "0.0000000001"',
+            "[plans.p.prices.m]\ninput_usd_per_milion = 1",
+            "[plans.p.prices.m]\naudio_second_usd = true",
             "[billing]\ndefault_plan = 3",
             "[billing]\ngrace_days = 91",
             f"[plans.p.limits]\nagents = {PLAN_LIMIT_MAX + 1}",

@@ -11,7 +11,7 @@ from gateway.cli.common import fail, json_option, print_json, show
 _CHANGE_COLUMNS = ("act", "kind", "name", "detail")
 _DIFFERENCE_COLUMNS = ("organization_id", "meter", "hour", "ours", "theirs", "state", "checked_at")
 _EVENT_COLUMNS = ("id", "type", "object_id", "state", "attempts", "problem", "occurred_at")
-_TWIN_HELP: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": []}
+_TWIN_OPTIONS: dict[str, Any] = {"ignore_unknown_options": True}
 
 
 @click.group()
@@ -131,14 +131,21 @@ def resume(org: str, as_json: bool) -> None:
     print_json({"resumed": count}) if as_json else click.echo(f"{count} meters go on.")
 
 
-@stripe_command.command("twin", context_settings=_TWIN_HELP, add_help_option=False)
+@stripe_command.command("twin", context_settings=_TWIN_OPTIONS)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
-def twin(options: tuple[str, ...]) -> None:
-    """Run a stand-in for Stripe, in memory: for trying billing without an account. `--help` lists its options."""
+@json_option
+def twin(options: tuple[str, ...], as_json: bool) -> None:
+    """Run a stand-in for Stripe, in memory: for trying billing without an account. Stripe is never contacted.
+
+    --port 12111, --webhook URL and --webhook-secret SECRET are what it usually takes; `python -m metering.billing.twin
+    --help` lists all of its options, and docs/stripe-twin.md says what it can do.
+    """
+    import msgspec
+
     from metering.billing.twin.__main__ import parse
     from metering.billing.twin.run import run
 
-    run(parse(list(options)))
+    run(msgspec.structs.replace(parse(list(options)), as_json=as_json))
 
 
 def _print_status(found: Any) -> None:

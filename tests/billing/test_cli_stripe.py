@@ -149,8 +149,9 @@ async def test_the_doctor_is_content_after_a_sync(aap: Cli) -> None:
 
 
 async def test_the_twin_is_a_program(aap: Cli) -> None:
-    helped = await aap("stripe", "twin", "--help")
-    assert (helped.code, "--webhook" in helped.out) == (0, True)
+    assert "--webhook" in (await aap("stripe", "twin", "--help")).out
+    wrong = await aap("stripe", "twin", "--requests-per-second", "many")
+    assert (wrong.code, "invalid int value" in wrong.err) == (2, True)
 
 
 async def _customer(twin: TwinServer) -> str:

@@ -11,7 +11,7 @@ from core.clock import SystemClock
 from metering.billing.twin.__main__ import parse
 from metering.billing.twin.app import Twin
 from metering.billing.twin.options import TwinOptions
-from metering.billing.twin.run import first_screen
+from metering.billing.twin.run import first_screen, register
 from tests.harness.stripe_twin import client_of
 from tests.harness.webhook_receiver import receiver
 
@@ -42,7 +42,7 @@ def test_two_runs_make_different_ids() -> None:
 
 def test_the_first_screen_says_what_to_set() -> None:
     twin = Twin(SystemClock(), TwinOptions(webhook_secret="whsec_a"))
-    text = first_screen(twin, "http://127.0.0.1:1", "http://127.0.0.1:2/hook")
+    text = first_screen(register(twin, "http://127.0.0.1:1", "http://127.0.0.1:2/hook"))
     for wanted in ("http://127.0.0.1:1", "sk_test_twin", "http://127.0.0.1:2/hook", "whsec_a", "never contacted"):
         assert wanted in text
 

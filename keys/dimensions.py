@@ -13,7 +13,9 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = get_args(Dimension)
 # of units) and a day's in 1/86,400 (one second): 10^11 x 86,400 stays below 2^53.
 LIMIT_MAX: Final = 10**11
 
-BudgetScope = Literal["organization", "project", "key"]
+SettableScope = Literal["organization", "project", "key"]
+BudgetScope = SettableScope | Literal["credit"]
+# credit: what an organization has paid beforehand (metering/billing/prepaid.py). No operator sets it.
 BudgetPeriod = Literal["day", "week", "month", "total"]
 # Lua counts nano-USD in doubles, exactly up to 2^53 of them: nine million US dollars.
 BUDGET_LIMIT_MAX: Final = 9_000_000_000_000_000

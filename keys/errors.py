@@ -173,7 +173,10 @@ class BudgetExhausted(PaymentRequired):
     code = "budget_exhausted"
 
     def __init__(self, scope: str, period: str, left: int, needed: int, ends_at: datetime | None) -> None:
-        name = f"the {scope}'s {'budget' if period == 'total' else f'budget of this {period}'}"
+        if scope == "credit":
+            name, more = "the organization's prepaid credit", " More can be bought at any time."
+        else:
+            name, more = f"the {scope}'s {'budget' if period == 'total' else f'budget of this {period}'}", ""
         until = f" It is renewed at {ends_at:%Y-%m-%dT%H:%M:%SZ}." if ends_at else ""
         if left > 0:
             message = (
@@ -181,7 +184,7 @@ class BudgetExhausted(PaymentRequired):
                 f"or set a smaller max_completion_tokens.{until}"
             )
         else:
-            message = f"You have used up {name}.{until}"
+            message = f"You have used up {name}.{until}{more}"
         super().__init__(message, param=f"{scope}.budget.{period}")
 
 

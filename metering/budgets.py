@@ -22,14 +22,19 @@ from core.ids import OrganizationId, new_id
 from core.money import NanoUsd
 from keys.budgets import Budget, budget_of, period_bounds
 from keys.caps import Standing
-from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope
+from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope, LimitScope
 from keys.errors import BudgetInvalid, TenantNotFound
 from keys.lifecycle import record_change, require_scope_target
 from keys.tables import BudgetRow
 from metering.plain_sql import fetch
 from metering.tables import BudgetEventRow, BudgetPeriodRow, SpendWindowRow, UsageIntentRow
 
-_SCOPES: Final = {"organization": "organization_id", "project": "project_id", "key": "key_id"}
+_SCOPES: Final = {
+    "organization": "organization_id",
+    "project": "project_id",
+    "key": "key_id",
+    "credit": "organization_id",
+}
 _CHARGED: Final = """
 SELECT budget_id, spent_nano_usd
 FROM unnest($1::text[], $2::timestamptz[]) AS wanted (budget_id, starts_at)
@@ -86,12 +91,9 @@ async def set_budget(
     """
     if not 0 <= limit <= BUDGET_LIMIT_MAX:
         raise BudgetInvalid
-    await require_scope_target(session, scope[0], scope[1], organization_id=organization_id)
-    # Whoever holds it must not hold up all settlements for long, nor wait for it in front of them.
-    await session.execute(text("SET LOCAL lock_timeout = '2s'"))
-    await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
-    # Keeps settlements out until this transaction has ended: none may fall between the sum and the budget.
-    await session.execute(text("LOCK TABLE budget_periods IN SHARE ROW EXCLUSIVE MODE"))
+    target: LimitScope = "organization" if scope[0] == "credit" else scope[0]
+    await require_scope_target(session, target, scope[1], organization_id=organization_id)
+    await hold_settlements(session)
     row = await _row(session, scope, period, organization_id=organization_id)
     if row is None:
         row = BudgetRow(
@@ -105,6 +107,14 @@ async def set_budget(
         row.limit_nano_usd, row.is_hard = limit, is_hard
         await session.flush()
     return await record_change(session, None, organization_id=organization_id)
+
+
+async def hold_settlements(session: AsyncSession) -> None:
+    """Keep settlements out until this transaction has ended: none may fall between a sum and a budget made of it."""
+    # Whoever holds it must not hold up all settlements for long, nor wait for it in front of them.
+    await session.execute(text("SET LOCAL lock_timeout = '2s'"))
+    await session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
+    await session.execute(text("LOCK TABLE budget_periods IN SHARE ROW EXCLUSIVE MODE"))
 
 
 async def _count_past(session: AsyncSession, budget: Budget) -> None:

@@ -11,7 +11,7 @@ from core.ids import OrganizationId
 from core.money import NanoUsd, parse_usd, usd_text
 from gateway.cli.common import fail
 from gateway.cli.stores import Stores, chosen_organization, on_stores, owner_of
-from keys.dimensions import BudgetPeriod, BudgetScope
+from keys.dimensions import BudgetPeriod, SettableScope
 from keys.revocation import KeyChange, Propagation, announce
 from metering import budgets
 from metering.budgets import BudgetStanding
@@ -61,7 +61,7 @@ def list_all(org: str | None) -> list[BudgetRow]:
 
 
 def change(
-    scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, limit_usd: str, *, is_hard: bool, org: str | None
+    scope: SettableScope, scope_id: str | None, period: BudgetPeriod, limit_usd: str, *, is_hard: bool, org: str | None
 ) -> Changed:
     """Make or change a budget, tell the gateways, and return it as it is then, and which of them know."""
     limit = _amount(limit_usd)
@@ -85,7 +85,7 @@ def change(
     return on_stores(act)
 
 
-def delete(scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None) -> Propagation:
+def delete(scope: SettableScope, scope_id: str | None, period: BudgetPeriod, org: str | None) -> Propagation:
     """Delete a budget and tell the gateways; return which of them know."""
 
     async def act(stores: Stores) -> Propagation:

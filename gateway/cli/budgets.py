@@ -7,14 +7,14 @@ from typing import Literal, get_args
 import click
 
 from gateway.cli.common import confirmed, json_option, org_option, print_json, require_confirmed, show
-from keys.dimensions import BudgetPeriod, BudgetScope
+from keys.dimensions import BudgetPeriod, SettableScope
 
 _COLUMNS = ("budget", "scope", "id", "period", "limit_usd", "spent_usd", "kind", "renewed_at")
 _EVENT_COLUMNS = (
     *("created_at", "budget", "scope", "id", "period"),
     *("period_began", "threshold_percent", "spent_usd", "limit_usd"),
 )
-_scope = click.argument("scope", type=click.Choice(get_args(BudgetScope)))
+_scope = click.argument("scope", type=click.Choice(get_args(SettableScope)))
 _scope_id = click.argument("scope_id", required=False)
 _period = click.option(
     "--period", type=click.Choice(get_args(BudgetPeriod)), default="month", show_default=True, help="In UTC."
@@ -51,7 +51,7 @@ def list_budgets(org: str | None, as_json: bool) -> None:
 @org_option
 @json_option
 def set_budget(
-    scope: BudgetScope,
+    scope: SettableScope,
     scope_id: str | None,
     period: BudgetPeriod,
     limit_usd: str,
@@ -83,7 +83,7 @@ def set_budget(
 @org_option
 @json_option
 def clear_budget(
-    scope: BudgetScope, scope_id: str | None, period: BudgetPeriod, org: str | None, as_json: bool
+    scope: SettableScope, scope_id: str | None, period: BudgetPeriod, org: str | None, as_json: bool
 ) -> None:
     """Delete a budget: from then on nothing is refused by it.
 

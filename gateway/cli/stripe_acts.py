@@ -101,7 +101,7 @@ def reconcile(org: str | None, *, days: int, may_repair: bool) -> Compared:
         since = clock.now().replace(minute=0, second=0, microsecond=0) - timedelta(days=days)
         found = await Reconciler(stores.database, api, clock).round(only=only, since=since, may_repair=may_repair)
         async with stores.database.transaction() as session:
-            differences = (await views.reconciliation(session)).differences
+            differences = (await views.reconciliation(session, SystemClock().now())).differences
         return Compared(round=found, subscriptions=subscriptions, differences=differences)
 
     return _at_stripe(act)
@@ -112,7 +112,7 @@ def status() -> views.ReconciliationView:
 
     async def act(stores: Stores) -> views.ReconciliationView:
         async with stores.database.transaction() as session:
-            return await views.reconciliation(session)
+            return await views.reconciliation(session, SystemClock().now())
 
     return on_stores(act)
 

@@ -30,7 +30,9 @@ def show(org: str) -> WalletObject:
     async def act(stores: Stores) -> WalletObject:
         async with stores.database.transaction() as session:
             organization_id = await require_organization(session, organization_id=OrganizationId(org))
-            return wallet_object(await views.wallet_of(session, _SHOWN, organization_id=organization_id))
+            return wallet_object(
+                await views.wallet_of(session, _SHOWN, SystemClock().now(), organization_id=organization_id)
+            )
 
     return on_stores(act)
 
@@ -50,7 +52,7 @@ def add(org: str, usd: str, reference: str, note: str | None) -> Added:
             source = f"operator:{organization_id}:{reference}"
             credit = Credit(cents=nano_usd // NANO_USD_PER_CENT, source=source, note=note)
             is_new = await prepaid.add_credit(session, credit, SystemClock().now(), organization_id=organization_id)
-            left = await prepaid.left(session, organization_id=organization_id)
+            left = await prepaid.left(session, SystemClock().now(), organization_id=organization_id)
         return Added(is_new, usd_text(left))
 
     return on_stores(act)

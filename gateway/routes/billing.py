@@ -217,12 +217,14 @@ async def get_reconciliation(principal: Principal, runtime: Runtime) -> views.Re
     """Return whether Stripe agrees with the ledger, of all organizations: for the operator."""
     principal.require_scope("operator:read")
     async with runtime.reading.page(principal.organization_id) as session:
-        return await views.reconciliation(session)
+        return await views.reconciliation(session, runtime.clock.now())
 
 
 async def _wallet(principal: Principal, runtime: Runtime) -> WalletObject:
     async with runtime.reading.page(principal.organization_id) as session:
-        found = await views.wallet_of(session, _TRANSFERS_SHOWN, organization_id=principal.organization_id)
+        found = await views.wallet_of(
+            session, _TRANSFERS_SHOWN, runtime.clock.now(), organization_id=principal.organization_id
+        )
     return wallet_object(found)
 
 

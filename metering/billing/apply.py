@@ -7,9 +7,10 @@ never undoes a later one: each has the time, by PostgreSQL's clock, at which it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from sqlalchemy import func, select, text
@@ -22,7 +23,7 @@ from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.meters import Meter
 from metering.billing.ownership import keep_address
 from metering.billing.plans import Plans
-from metering.billing.projection import keep_invoice, keep_subscription
+from metering.billing.projection import doubled_usage, drafts_of, forget_draft, keep_invoice, keep_subscription
 from metering.billing.reconcile import mark_suspect
 from metering.billing.standing import settle_standing
 from metering.billing.stripe_api import StripeApi
@@ -116,7 +117,7 @@ class Applier:
     async def keep(self, subscription: Subscription, read_at: datetime) -> OrganizationId | None:
         """Keep a subscription that was asked for at *read_at*."""
         async with self._database.transaction() as session:
-            return await keep_subscription(
+            owner = await keep_subscription(
                 session,
                 subscription,
                 self._plans(),
@@ -124,13 +125,31 @@ class Applier:
                 now=self._clock.now(),
                 meters=self._meters,
             )
+            doubled = None if owner is None else await doubled_usage(session, organization_id=owner)
+        if doubled is not None:
+            await self._drop_usage(*doubled)
+        return owner
+
+    async def _drop_usage(self, subscription_id: str, item_id: str) -> None:
+        """Have a second subscription bill no usage: each would bill all of it, since the meter is the customer's."""
+        _log.error("subscription.doubled", subscription_id=subscription_id)
+        read_at = await self._read_at()
+        params: Any = {"items": [{"id": item_id, "deleted": True}], "proration_behavior": "none"}
+        await self.keep(await self._api.update_subscription(subscription_id, params), read_at)
 
     async def look_at_invoice(self, invoice_id: str) -> OrganizationId | None:
         """Read an invoice and its subscription, and keep both. None: it is not ours."""
         if not invoice_id.startswith("in_"):
             return None  # an upcoming one is none yet
         read_at = await self._read_at()
-        return await self._keep_invoice(await self._api.get_invoice(invoice_id), read_at)
+        try:
+            invoice = await self._api.get_invoice(invoice_id)
+        except StripeRefused as error:
+            if not error.is_missing:
+                raise
+            async with self._database.transaction() as session:
+                return await forget_draft(session, invoice_id)
+        return await self._keep_invoice(invoice, read_at)
 
     async def _keep_invoice(self, invoice: Invoice, read_at: datetime) -> OrganizationId | None:
         if invoice.subscription_id is not None:
@@ -173,7 +192,9 @@ class Applier:
         for start in range(0, len(events), 500):
             async with self._database.transaction() as session:
                 stored += await inbox.store(session, events[start : start + 500], source="catch_up")
+        thin = await self._api.list_thin_events(since, inbox.THIN_KINDS)
         async with self._database.transaction() as session:
+            stored += await inbox.store(session, thin, source="catch_up")
             await marks.set_moment(session, _CAUGHT_UP, now)
         return stored
 
@@ -194,14 +215,22 @@ class Applier:
         for customer_id in customers if only is not None else [None]:
             read_at = await self._read_at()
             async for subscription in self._api.list_subscriptions(customer_id):
-                found += await self.keep(subscription, read_at) is not None
+                with _passing_over("subscription", subscription.id):
+                    found += await self.keep(subscription, read_at) is not None
         for customer_id in customers if with_invoices else []:
-            await self._look_at_invoices(customer_id)
+            with _passing_over("invoices", customer_id):
+                await self._look_at_invoices(customer_id)
         return found
 
     async def _look_at_invoices(self, customer_id: str) -> None:
         read_at = await self._read_at()
-        for invoice in await self._api.list_invoices(customer_id, self._clock.now() - _INVOICES_BACK):
+        found = await self._api.list_invoices(customer_id, self._clock.now() - _INVOICES_BACK)
+        async with self._database.transaction() as session:
+            drafts = await drafts_of(session, customer_id)
+        # A draft that was deleted is in no list.
+        for invoice_id in drafts - {invoice.id for invoice in found}:
+            await self.look_at_invoice(invoice_id)
+        for invoice in found:
             whole = await self._api.get_invoice(invoice.id) if invoice.has_more_lines else invoice
             async with self._database.transaction() as session:
                 await keep_invoice(session, whole, read_at=read_at, now=self._clock.now())
@@ -226,7 +255,8 @@ class Applier:
                 )
             )
         for subscription_id in over:
-            await self.look_at_subscription(subscription_id)
+            with _passing_over("subscription", subscription_id):
+                await self.look_at_subscription(subscription_id)
         for organization_id in overdue:
             async with self._database.transaction() as session:
                 await settle_standing(session, self._plans(), now, organization_id=OrganizationId(organization_id))
@@ -235,3 +265,12 @@ class Applier:
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:
             return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+
+
+@contextmanager
+def _passing_over(kind: str, identifier: str) -> Generator[None]:
+    """Let what Stripe refuses of one, such as a customer that was deleted there, hold up no other."""
+    try:
+        yield
+    except StripeRefused as error:
+        _log.warning("stripe.refused", kind=kind, id=identifier, code=error.code)

@@ -6,13 +6,11 @@ follows changes nothing then. Stripe down: BillingUnavailable, and nothing is ch
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
 
-import msgspec
 import structlog
 from sqlalchemy import func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
@@ -20,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.clock import Clock
 from core.database import Database
-from core.ids import OrganizationId, new_id
+from core.ids import OrganizationId
 from keys import tenants
 from metering.billing import catalog
 from metering.billing.apply import Applier
@@ -120,7 +118,7 @@ class Customers:
         if plan.bills_usage:
             items.append({"price": sold.usage_price})
         subscription: dict[str, Any] = {"metadata": metadata, "billing_mode": {"type": "flexible"}}
-        if plan.trial_days:
+        if plan.trial_days and not bought_before:
             subscription["trial_period_days"] = plan.trial_days
         params: Any = {
             "mode": "subscription",
@@ -132,8 +130,11 @@ class Customers:
             "cancel_url": pages.cancel_url,
             "metadata": metadata,
         }
+        await self._close_earlier(organization_id)
         with _asking_stripe():
-            return await self._api.create_checkout(params, idempotency_key=self._once(bought_before, params))
+            checkout = await self._api.create_checkout(params)
+        await self._remember(organization_id, checkout.id)
+        return checkout
 
     async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:
         """Return a page where the organization buys credit. Errors: TopUpInvalid, ReturnAddressInvalid."""
@@ -155,7 +156,7 @@ class Customers:
             "metadata": metadata,
         }
         with _asking_stripe():
-            return await self._api.create_checkout(params, idempotency_key=new_id("checkout"))
+            return await self._api.create_checkout(params)
 
     async def portal(self, organization_id: OrganizationId, return_url: str) -> str:
         """Return the address of the page where cards, plan and invoices are. Errors: ReturnAddressInvalid."""
@@ -181,6 +182,10 @@ class Customers:
         items: list[Any] = [{"id": row.plan_item_id, "price": price, "quantity": 1}]
         if plan.bills_usage and row.usage_item_id is None:
             items.append({"price": sold.usage_price})
+        elif not plan.bills_usage and row.usage_item_id is not None:
+            # What was used until now is billed; what comes is included.
+            await Exporter(self._database, self._api, self._clock).round(only=organization_id)
+            items.append({"id": row.usage_item_id, "deleted": True})
         is_dearer = plan.price_cents_per_month > row.price_cents_per_month
         params: dict[str, Any] = {
             "items": items,
@@ -222,11 +227,13 @@ class Customers:
 
         Errors: TopUpInvalid.
         """
-        is_on = below_cents is not None and cents is not None
-        if (below_cents is None) != (cents is None) or (
-            is_on and not TOP_UP_CENTS_MIN <= (cents or 0) <= TOP_UP_CENTS_MAX
-        ):
+        if (below_cents is None) != (cents is None):
             raise TopUpInvalid(TOP_UP_CENTS_MIN, TOP_UP_CENTS_MAX)
+        if below_cents is not None and cents is not None:
+            # One charge has to be enough: else the card would be charged again and again.
+            least = max(TOP_UP_CENTS_MIN, below_cents)
+            if not least <= cents <= TOP_UP_CENTS_MAX:
+                raise TopUpInvalid(least, TOP_UP_CENTS_MAX)
         await self.customer_of(organization_id)
         async with self._database.transaction() as session:
             await session.execute(
@@ -250,10 +257,27 @@ class Customers:
             raise PlanNotForSale(plan_name)
         return plan
 
-    def _once(self, bought_before: int, params: dict[str, Any]) -> str:
-        """Return an idempotency key: who asks for the same within the hour gets the same page, until it was used."""
-        wish = msgspec.json.encode([bought_before, params, f"{self._clock.now():%Y%m%d%H}"], order="deterministic")
-        return f"checkout:{hashlib.sha256(wish).hexdigest()[:32]}"
+    async def _close_earlier(self, organization_id: OrganizationId) -> None:
+        """Close the page that was opened before: two that are paid would be two subscriptions."""
+        async with self._database.transaction() as session:
+            row = await session.get_one(BillingCustomerRow, organization_id)
+            earlier = row.checkout_id
+        if earlier is None:
+            return
+        with _asking_stripe():
+            try:
+                await self._api.close_checkout(earlier)
+            except StripeRefused as error:
+                # Paid or closed already.
+                _log.info("checkout.not_open", checkout_id=earlier, code=error.code)
+
+    async def _remember(self, organization_id: OrganizationId, checkout_id: str) -> None:
+        async with self._database.transaction() as session:
+            await session.execute(
+                update(BillingCustomerRow)
+                .where(BillingCustomerRow.organization_id == organization_id)
+                .values(checkout_id=checkout_id)
+            )
 
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:

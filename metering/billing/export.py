@@ -137,6 +137,10 @@ class Exporter:
         events = [(index, *report) for index, batch in enumerate(batches) for report in batch.reports]
         for start in range(0, len(events), STREAM_EVENTS_MAX):
             chunk = events[start : start + STREAM_EVENTS_MAX]
+            if any(self._clock.now() >= batches[index].send_before for index, _, _ in chunk):
+                for index, _, _ in events[start:]:
+                    told[index].failure = "the lease is about to end"
+                break
             failure: str | None = None
             outcome: Outcome = "acked"
             try:

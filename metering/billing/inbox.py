@@ -44,6 +44,7 @@ KINDS: Final = (
     "invoice.payment_action_required",
     "invoice.overdue",
     "invoice.voided",
+    "invoice.deleted",
     "invoice.marked_uncollectible",
     "payment_intent.succeeded",
     "payment_intent.payment_failed",

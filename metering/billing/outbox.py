@@ -13,11 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from metering.billing.meters import METERS
+from metering.billing.ownership import lock_account
 from metering.billing.planning import plan_reports
 from metering.billing.stripe_objects import MeterEvent
 from metering.billing.tables import (
-    BillingCustomerRow,
     BillingPeriodRow,
+    InvoiceRow,
     MeterCursorRow,
     MeterReportRow,
     MeterWindowRow,
@@ -31,6 +32,8 @@ REPORTS_AT_ONCE: Final = 100
 _OPEN: Final = ("new", "sent")
 _BACK_OFF_MAX: Final = timedelta(minutes=5)
 _SPREAD_SECONDS: Final = 180
+_DRAFT_TURNS: Final = timedelta(minutes=3)
+"""How often an organization has its turn while an invoice of its waits to be final."""
 _PAST_CODES: Final = frozenset({"timestamp_too_far_in_past", "meter_event_timestamp_too_far_in_past"})
 
 Outcome = Literal["acked", "open", "not sent", "refused"]
@@ -45,6 +48,10 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     has_more: bool
     send_before: datetime
     """A process that stood still finds its lease another's, and its reports older than they may be."""
+    next_at: datetime
+    """When this turn was due: another time by its end is somebody's wish for a further one."""
+    is_draft_open: bool
+    """An invoice waits for late usage."""
 
 
 class Told(msgspec.Struct, kw_only=True):
@@ -99,12 +106,13 @@ async def prepare(
 
     What may be older at Stripe than it knows identifiers is not sent any more, and waits for `reconcile`.
     """
+    account = await lock_account(session, organization_id=organization_id)
     cursor = await _held(session, worker, meter=meter, organization_id=organization_id)
     if cursor is None:
         return None
     cursor.leased_until = now + LEASE
     await _take_back_late(session, meter=meter, organization_id=organization_id)
-    planned = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
+    has_more = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
     own = (MeterReportRow.organization_id == organization_id, MeterReportRow.meter == meter)
     await session.execute(
         update(MeterReportRow)
@@ -119,9 +127,7 @@ async def prepare(
             .limit(REPORTS_AT_ONCE)
         )
     )
-    customer_id = await session.scalar(
-        select(BillingCustomerRow.stripe_customer_id).where(BillingCustomerRow.organization_id == organization_id)
-    )
+    customer_id = None if account is None else account.stripe_customer_id
     if customer_id is None:
         rows = []
     for row in rows:
@@ -131,8 +137,10 @@ async def prepare(
         organization_id=organization_id,
         meter=meter,
         reports=tuple((row.id, _event(row, customer_id or "")) for row in rows),
-        has_more=planned >= REPORTS_AT_ONCE or len(rows) >= REPORTS_AT_ONCE,
+        has_more=has_more or len(rows) >= REPORTS_AT_ONCE,
         send_before=now + LEASE / 2,
+        next_at=cursor.next_at,
+        is_draft_open=await _is_draft_open(session, organization_id=organization_id),
     )
 
 
@@ -160,8 +168,21 @@ async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, n
         cursor.next_at = now + min(timedelta(seconds=2.0 ** min(cursor.failures, 16)), _BACK_OFF_MAX)
     else:
         cursor.failures = 0
-        is_more = batch.has_more or told.refusal is not None
-        cursor.next_at = now if is_more else until_next_hour(now) + _spread(batch.organization_id)
+        is_wanted = cursor.is_flush_due or cursor.next_at != batch.next_at
+        if batch.has_more or told.refusal is not None or is_wanted:
+            cursor.next_at = now
+        else:
+            pause = until_next_hour(now) + _spread(batch.organization_id)
+            cursor.next_at = min(pause, now + _DRAFT_TURNS) if batch.is_draft_open else pause
+
+
+async def _is_draft_open(session: AsyncSession, *, organization_id: OrganizationId) -> bool:
+    found = await session.scalar(
+        select(InvoiceRow.id)
+        .where(InvoiceRow.organization_id == organization_id, InvoiceRow.status == "draft")
+        .limit(1)
+    )
+    return found is not None
 
 
 async def _take_back_late(session: AsyncSession, *, meter: str, organization_id: OrganizationId) -> None:
@@ -177,6 +198,8 @@ async def _take_back_late(session: AsyncSession, *, meter: str, organization_id:
             MeterReportRow.organization_id == organization_id,
             MeterReportRow.meter == meter,
             MeterReportRow.state == "new",
+            # What takes usage out of such a period is meant for it.
+            MeterReportRow.kind != "moved",
             closed,
         )
     )
@@ -229,7 +252,9 @@ async def _refuse(
         row.state = "refused"
         await _take_back(session, row)
     else:
-        row.state, row.first_sent_at, row.last_sent_at = "new", None, None
+        if row.attempts <= 1:
+            # Sent before, it may have arrived then: its day goes on.
+            row.state, row.first_sent_at, row.last_sent_at = "new", None, None
         if cursor is not None:
             cursor.parked_for = code
 

@@ -21,6 +21,19 @@ async def owner_of_customer(session: AsyncSession, customer_id: str) -> Organiza
     return None if found is None else OrganizationId(found)
 
 
+async def lock_account(session: AsyncSession, *, organization_id: OrganizationId) -> BillingCustomerRow | None:
+    """Return an organization's account when nobody else works on it: its credit, its subscriptions, its plan.
+
+    The first lock that a transaction takes, before a cursor's, the budgets' and that of key changes.
+    """
+    return await session.scalar(
+        select(BillingCustomerRow)
+        .where(BillingCustomerRow.organization_id == organization_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+
+
 async def keep_customer(session: AsyncSession, customer_id: str, *, organization_id: OrganizationId) -> str:
     """Note an organization's customer at Stripe, unless it has one; return the one that it has."""
     await session.execute(

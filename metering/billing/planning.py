@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
 from metering.billing import wallet
-from metering.billing.meters import METERS, VALUE_MAX, Meter
+from metering.billing.meters import METERS, USAGE, VALUE_MAX, Meter
 from metering.billing.tables import (
     BillingCustomerRow,
     BillingPeriodRow,
@@ -37,18 +37,17 @@ _SCAN_BACK: Final = timedelta(days=70)
 """Two periods of a month, and a little: what is settled later than that is for an operator to see."""
 
 
-async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datetime, *, limit: int) -> int:
-    """Write reports for the usage of *cursor*'s organization that has none yet, *limit* at most; return how many.
+async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datetime, *, limit: int) -> bool:
+    """Write reports for the usage of *limit* windows at most that have none yet; tell whether there are more.
 
-    Usage that no invoice takes any more is written down for the operator.
-
-    *cursor* is locked by this transaction.
+    Usage that no invoice takes any more is written down for the operator. *cursor*, and the organization's account
+    (`ownership.lock_account`), are locked by this transaction.
     """
     meter = METERS[cursor.meter]
     organization_id = OrganizationId(cursor.organization_id)
     periods = await billed_periods(session, organization_id=organization_id)
     if not periods:
-        return 0
+        return False
     is_whole = cursor.is_flush_due or cursor.scanned_at is None or now - cursor.scanned_at >= _SCAN_EVERY
     earliest = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
     since = earliest if is_whole else max(earliest, hour_of(now) - RECENT)
@@ -70,23 +69,45 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
     if len(due) <= limit:
         cursor.is_flush_due = False
     await session.flush()
-    return writer.reports
+    return len(due) > limit
 
 
 async def billed_periods(session: AsyncSession, *, organization_id: OrganizationId) -> list[Period]:
-    """Return the times in which an organization's usage is billed."""
+    """Return the times in which an organization's usage is somebody's business: billed, included, or prepaid."""
     rows = await session.scalars(
         select(BillingPeriodRow)
-        .where(BillingPeriodRow.organization_id == organization_id, BillingPeriodRow.is_metered)
+        .where(BillingPeriodRow.organization_id == organization_id)
         .order_by(BillingPeriodRow.starts_at)
     )
-    periods = [Period(starts_at=row.starts_at, ends_at=row.ends_at, is_closed=row.is_closed) for row in rows]
+    periods = [
+        Period(
+            starts_at=row.starts_at,
+            ends_at=row.ends_at,
+            is_closed=row.is_closed,
+            is_included=not row.is_metered,
+            is_trial=row.is_trial,
+        )
+        for row in rows
+    ]
     opened_at = await session.scalar(
         select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
     )
     if opened_at is not None:
         periods.append(Period(starts_at=opened_at, ends_at=_FAR, is_prepaid=True))
     return periods
+
+
+async def owed(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> int:
+    """Return the usage in nano-USD that is billed or drawn and is not planned yet, the present hour's included."""
+    periods = await billed_periods(session, organization_id=organization_id)
+    if not periods:
+        return 0
+    since = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
+    hours = await _hours(session, USAGE, since, periods, organization_id=organization_id)
+    rows = await _planned(session, USAGE, since, organization_id=organization_id)
+    planned = {starts_at: row.planned for starts_at, row in rows.items()}
+    due, _ = due_windows(hours, planned, periods, now, is_flush=True)
+    return sum(one.amount for one in due if one.event_at is not None and not one.is_free)
 
 
 async def _hours(
@@ -166,7 +187,6 @@ class _Writer:
         self._meter = meter
         self._windows = windows
         self._credit = credit
-        self.reports = 0
 
     async def write(self, due: Due) -> None:
         """Plan one window's usage: a report of it, unless it comes to less than a unit or is nobody's to pay."""
@@ -177,7 +197,7 @@ class _Writer:
         value, self._cursor.remainder = divmod(self._cursor.remainder + due.amount, self._meter.per_unit)
         if not value:
             return
-        drawn = self._drawn(value, is_prepaid=due.is_prepaid)
+        drawn = await self._drawn(value, due)
         window.revisions += 1
         report = MeterReportRow(
             id=new_id("mrep"),
@@ -204,15 +224,34 @@ class _Writer:
                 source=report.id,
                 organization_id=OrganizationId(self._cursor.organization_id),
             )
-        self.reports += 1
 
-    def _drawn(self, value: int, *, is_prepaid: bool) -> int:
-        """Return how much of *value* prepaid credit pays: as far as it goes, or all where nothing else does."""
-        if not self._meter.bills:
+    async def _drawn(self, value: int, due: Due) -> int:
+        """Return how much of *value* prepaid credit pays: as far as it goes, or all where nothing else does.
+
+        Of what is taken back, credit gets what it paid of that window.
+        """
+        if not self._meter.bills or due.is_free:
             return 0
-        drawn = value if is_prepaid else min(max(self._credit, 0), max(value, 0))
+        if due.is_prepaid:
+            drawn = value
+        elif value < 0:
+            drawn = -min(-value, await self._paid_of(due.window_starts_at))
+        else:
+            drawn = min(max(self._credit, 0), value)
         self._credit -= drawn
         return drawn
+
+    async def _paid_of(self, window_starts_at: datetime) -> int:
+        """Return what credit has paid of a window."""
+        await self._session.flush()
+        total = await self._session.scalar(
+            select(func.coalesce(func.sum(MeterReportRow.drawn), 0)).where(
+                MeterReportRow.organization_id == self._cursor.organization_id,
+                MeterReportRow.meter == self._meter.event_name,
+                MeterReportRow.window_starts_at == window_starts_at,
+            )
+        )
+        return max(int(total or 0), 0)
 
     def _window(self, starts_at: datetime) -> MeterWindowRow:
         row = self._windows.get(starts_at)

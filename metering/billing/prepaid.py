@@ -6,7 +6,7 @@ An organization with credit and no subscription may spend what is left and no mo
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -17,22 +17,26 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import OrganizationId
 from core.money import NanoUsd
 from keys.dimensions import BUDGET_LIMIT_MAX
-from keys.errors import TenantNotFound
+from keys.tables import BudgetRow
 from metering import budgets
 from metering.billing import emails, wallet
 from metering.billing.meters import USAGE
-from metering.billing.ownership import owner_of_customer
-from metering.billing.planning import open_cursors
+from metering.billing.ownership import lock_account, owner_of_customer
+from metering.billing.planning import open_cursors, owed
 from metering.billing.standing import LIVE
 from metering.billing.stripe_objects import Payment
-from metering.billing.tables import BillingCustomerRow, MeterWindowRow, SubscriptionRow, TopUpRow
-from metering.billing.windows import hour_of
+from metering.billing.tables import BillingCustomerRow, SubscriptionRow, TopUpRow
 from metering.tables import SpendWindowRow
 
 NANO_USD_PER_CENT: Final = 10_000_000
 TOP_UP_METADATA: Final = "aap_top_up"
 """The key in a payment's metadata that says it buys credit: `checkout`, or the id of a top-up of ours."""
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_ENDS: Final = {
+    "succeeded": "paid",
+    "requires_payment_method": "failed",
+    "requires_action": "failed",
+    "canceled": "failed",
+}
 
 
 async def keep_payment(session: AsyncSession, payment: Payment, now: datetime) -> bool:
@@ -65,11 +69,11 @@ class Credit(msgspec.Struct, frozen=True, kw_only=True):
 async def add_credit(session: AsyncSession, credit: Credit, now: datetime, *, organization_id: OrganizationId) -> bool:
     """Add credit, and let it be spent. False: its source did so before."""
     await session.execute(insert(BillingCustomerRow).values(organization_id=organization_id).on_conflict_do_nothing())
-    await session.execute(
-        update(BillingCustomerRow)
-        .where(BillingCustomerRow.organization_id == organization_id, BillingCustomerRow.wallet_opened_at.is_(None))
-        .values(wallet_opened_at=now)
-    )
+    account = await lock_account(session, organization_id=organization_id)
+    assert account is not None
+    if account.wallet_opened_at is None:
+        account.wallet_opened_at = now
+        await session.flush()
     await open_cursors(session, (USAGE,), organization_id=organization_id)
     is_new = await wallet.transfer(
         session,
@@ -80,7 +84,7 @@ async def add_credit(session: AsyncSession, credit: Credit, now: datetime, *, or
         note=credit.note,
     )
     if is_new:
-        await settle_gate(session, organization_id=organization_id)
+        await settle_gate(session, now, organization_id=organization_id)
     return is_new
 
 
@@ -88,7 +92,8 @@ async def _end_top_up(
     session: AsyncSession, top_up_id: str, payment: Payment, now: datetime, *, organization_id: OrganizationId
 ) -> None:
     """Write down how a top-up of ours ended, if it was one and has."""
-    state = {"succeeded": "paid", "requires_payment_method": "failed", "canceled": "failed"}.get(payment.status)
+    # One that needs its owner to be there is none that happens by itself; if it is paid after all, it counts.
+    state = _ENDS.get(payment.status)
     if state is None:
         return
     ended = await session.scalar(
@@ -101,78 +106,66 @@ async def _end_top_up(
         await emails.note(session, "payment_failed", top_up_id, {"top_up": top_up_id}, organization_id=organization_id)
 
 
-async def left(session: AsyncSession, *, organization_id: OrganizationId) -> int:
+async def left(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> int:
     """Return the credit that is left in nano-USD, after usage that is not drawn yet."""
-    opened_at = await session.scalar(
-        select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
-    )
     credit = await wallet.balance(session, organization_id=organization_id)
-    if opened_at is None:
+    if not await _has_wallet(session, organization_id=organization_id):
         return credit
-    used = await _charged_since(session, hour_of(opened_at), organization_id=organization_id)
-    planned = await session.scalar(
-        select(func.coalesce(func.sum(MeterWindowRow.planned), 0)).where(
-            MeterWindowRow.organization_id == organization_id,
-            MeterWindowRow.meter == USAGE.event_name,
-            MeterWindowRow.starts_at >= hour_of(opened_at),
-        )
-    )
-    return credit - used + int(planned or 0)
-
-
-async def _charged_since(session: AsyncSession, since: datetime, *, organization_id: OrganizationId) -> int:
-    total = await session.scalar(
-        select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
-            SpendWindowRow.organization_id == organization_id,
-            SpendWindowRow.seconds == 3600,
-            SpendWindowRow.starts_at >= since,
-        )
-    )
-    return int(total or 0)
+    return credit - await owed(session, now, organization_id=organization_id)
 
 
 async def is_gated(session: AsyncSession, *, organization_id: OrganizationId) -> bool:
-    """Tell whether an organization may spend its credit only: it has some, and no subscription that bills usage."""
-    opened = await session.scalar(
-        select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
-    )
-    if opened is None:
+    """Tell whether an organization may spend its credit only: it has some, and no subscription."""
+    if not await _has_wallet(session, organization_id=organization_id):
         return False
-    billed = await session.scalar(
-        select(func.count()).where(
-            SubscriptionRow.organization_id == organization_id,
-            SubscriptionRow.status.in_(LIVE),
-            SubscriptionRow.usage_item_id.is_not(None),
+    live = await session.scalar(
+        select(func.count()).where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.status.in_(LIVE))
+    )
+    return not live
+
+
+async def settle_gate(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:
+    """Set the budget that credit comes to, or take it away from an organization that has a subscription.
+
+    It holds everything that the organization ever spent, and what it may still. The account is locked by this
+    transaction; settlements wait until it ends, so that none falls between what was spent and what is left.
+    """
+    if not await is_gated(session, organization_id=organization_id):
+        await open_gate(session, organization_id=organization_id)
+        return
+    await budgets.hold_settlements(session)
+    spent = await session.scalar(
+        select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
+            SpendWindowRow.organization_id == organization_id, SpendWindowRow.seconds == 3600
         )
     )
-    return not billed
+    limit = int(spent or 0) + await left(session, now, organization_id=organization_id)
+    await budgets.set_budget(
+        session,
+        ("credit", organization_id),
+        "total",
+        limit=NanoUsd(min(max(limit, 0), BUDGET_LIMIT_MAX)),
+        is_hard=True,
+        organization_id=organization_id,
+    )
 
 
-async def settle_gate(session: AsyncSession, *, organization_id: OrganizationId) -> None:
-    """Set the budget that credit comes to, or take it away from an organization that is invoiced.
+async def open_gate(session: AsyncSession, *, organization_id: OrganizationId) -> None:
+    """Let an organization spend more than its credit. Changes nothing where it may."""
+    if await has_gate(session, organization_id=organization_id):
+        await budgets.delete_budget(session, ("credit", organization_id), "total", organization_id=organization_id)
 
-    It is the organization's total budget: everything that it ever spent, and what it may still.
-    """
-    if await is_gated(session, organization_id=organization_id):
-        spent = await _charged_since(session, _EPOCH, organization_id=organization_id)
-        limit = spent + await left(session, organization_id=organization_id)
-        await budgets.set_budget(
-            session,
-            ("organization", organization_id),
-            "total",
-            limit=NanoUsd(min(max(limit, 0), BUDGET_LIMIT_MAX)),
-            is_hard=True,
-            organization_id=organization_id,
-        )
-        return
+
+async def has_gate(session: AsyncSession, *, organization_id: OrganizationId) -> bool:
+    """Tell whether an organization is held to its credit now."""
+    found = await session.scalar(
+        select(BudgetRow.id).where(BudgetRow.organization_id == organization_id, BudgetRow.scope == "credit")
+    )
+    return found is not None
+
+
+async def _has_wallet(session: AsyncSession, *, organization_id: OrganizationId) -> bool:
     opened = await session.scalar(
         select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
     )
-    if opened is None:
-        return
-    try:
-        await budgets.delete_budget(
-            session, ("organization", organization_id), "total", organization_id=organization_id
-        )
-    except TenantNotFound:
-        return
+    return opened is not None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
-from sqlalchemy import select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
@@ -14,10 +13,10 @@ from metering.billing import emails, prepaid
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
-from metering.billing.ownership import owner_of_customer
+from metering.billing.ownership import lock_account, owner_of_customer
 from metering.billing.planning import open_cursors
 from metering.billing.plans import Plans
-from metering.billing.standing import ENDED, PAYING, settle_standing
+from metering.billing.standing import ENDED, LIVE, PAYING, settle_standing
 from metering.billing.stripe_objects import Invoice, Subscription, UsageLine
 from metering.billing.tables import (
     BillingPeriodRow,
@@ -47,26 +46,32 @@ async def keep_subscription(
     organization_id = await owner_of_customer(session, subscription.customer_id)
     if organization_id is None:
         return None
-    row = await session.get(SubscriptionRow, subscription.id, with_for_update=True)
+    # One at a time for each organization: what holds for it is made of all of its subscriptions.
+    await lock_account(session, organization_id=organization_id)
+    row = await session.get(SubscriptionRow, subscription.id, with_for_update=True, populate_existing=True)
     if row is None:
         row = SubscriptionRow(id=subscription.id, organization_id=organization_id, read_at=read_at)
         session.add(row)
     elif row.read_at >= read_at or row.organization_id != organization_id:
         return organization_id
-    before = (row.status, row.usage_item_id)
+    before = (row.status, row.plan)
     _fill(row, subscription, read_at, now)
     row.usage_item_id = await _usage_item(session, subscription)
     await session.flush()
-    is_metered = row.usage_item_id is not None
-    await _keep_period(session, subscription, is_metered=is_metered, organization_id=organization_id)
+    await _keep_period(session, row, now, organization_id=organization_id)
     if row.usage_item_id is not None:
         await open_cursors(session, meters, organization_id=organization_id)
     await _keep_revenue(session, row, now, organization_id=organization_id)
     if row.status in ENDED and before[0] not in ENDED:
         await request_flush(session, now, organization_id=organization_id)
-    await settle_standing(session, plans, now, organization_id=organization_id)
-    if before != (row.status, row.usage_item_id):
-        await prepaid.settle_gate(session, organization_id=organization_id)
+    # The gate first: it takes the budgets' lock, which comes before that of key changes.
+    if await prepaid.is_gated(session, organization_id=organization_id) != await prepaid.has_gate(
+        session, organization_id=organization_id
+    ):
+        await prepaid.settle_gate(session, now, organization_id=organization_id)
+    if before != (row.status, row.plan):
+        # Only then: what an operator has given since stays.
+        await settle_standing(session, plans, now, organization_id=organization_id)
     return organization_id
 
 
@@ -94,25 +99,46 @@ async def _usage_item(session: AsyncSession, subscription: Subscription) -> str 
 
 
 async def _keep_period(
-    session: AsyncSession, subscription: Subscription, *, is_metered: bool, organization_id: OrganizationId
+    session: AsyncSession, row: SubscriptionRow, now: datetime, *, organization_id: OrganizationId
 ) -> None:
-    ends_at = min(subscription.period_ends_at, subscription.ended_at or subscription.period_ends_at)
-    if ends_at <= subscription.period_starts_at:
-        return
-    statement = insert(BillingPeriodRow).values(
-        subscription_id=subscription.id,
-        starts_at=subscription.period_starts_at,
-        ends_at=ends_at,
-        organization_id=organization_id,
-        is_metered=is_metered,
-    )
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[BillingPeriodRow.subscription_id, BillingPeriodRow.starts_at],
-            set_={"ends_at": ends_at, "is_metered": statement.excluded.is_metered},
-            where=~BillingPeriodRow.is_closed,
+    """Keep the present period; one in which usage begins or ceases to be billed is cut there, as of now."""
+    ends_at = min(row.period_ends_at, row.ended_at or row.period_ends_at)
+    kind = (row.usage_item_id is not None, row.status == "trialing")
+    last = await session.scalar(
+        select(BillingPeriodRow)
+        .where(
+            BillingPeriodRow.organization_id == organization_id,
+            BillingPeriodRow.subscription_id == row.id,
+            BillingPeriodRow.starts_at >= row.period_starts_at,
         )
+        .order_by(BillingPeriodRow.starts_at.desc())
+        .limit(1)
     )
+    starts_at = row.period_starts_at
+    if last is not None:
+        if last.is_closed:
+            return
+        if kind == (last.is_metered, last.is_trial) or row.status in ENDED:
+            last.ends_at = max(ends_at, last.starts_at)
+            return
+        cut_at = now.replace(microsecond=0)
+        if not last.starts_at < cut_at < ends_at:
+            last.is_metered, last.is_trial = kind
+            return
+        last.ends_at, starts_at = cut_at, cut_at
+    if starts_at < ends_at:
+        session.add(
+            BillingPeriodRow(
+                subscription_id=row.id,
+                starts_at=starts_at,
+                ends_at=ends_at,
+                organization_id=organization_id,
+                is_metered=kind[0],
+                is_trial=kind[1],
+                is_closed=False,
+            )
+        )
+        await session.flush()
 
 
 async def _keep_revenue(
@@ -166,6 +192,7 @@ async def keep_invoice(
     row.currency, row.issued_at, row.read_at = invoice.currency, invoice.issued_at, read_at
     row.total_cents, row.paid_cents, row.due_cents = invoice.total_cents, invoice.paid_cents, invoice.due_cents
     row.page_url, row.pdf_url = invoice.page_url, invoice.pdf_url
+    row.has_other_lines = await _has_other_lines(session, invoice, organization_id=organization_id)
     if usage is not None:
         row.usage_micro_usd = usage.quantity
         row.usage_starts_at, row.usage_ends_at = usage.starts_at, usage.ends_at
@@ -194,20 +221,78 @@ async def _usage_line(session: AsyncSession, invoice: Invoice, *, organization_i
     return next((line for line in lines if line.starts_at < line.ends_at <= invoice.issued_at), None)
 
 
+async def _has_other_lines(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> bool:
+    """Tell whether there are lines of neither the plan nor usage, such as usage under a price that was exchanged."""
+    row = await session.scalar(
+        select(SubscriptionRow).where(
+            SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
+        )
+    )
+    known = {row.plan_item_id, row.usage_item_id} if row is not None else set[str | None]()
+    return any(line.subscription_item_id not in known for line in invoice.lines)
+
+
 async def _close_period(
     session: AsyncSession, subscription_id: str, usage: UsageLine, *, organization_id: OrganizationId
 ) -> None:
-    statement = insert(BillingPeriodRow).values(
-        subscription_id=subscription_id,
-        starts_at=usage.starts_at,
-        ends_at=usage.ends_at,
-        organization_id=organization_id,
-        is_metered=True,
-        is_closed=True,
-    )
-    await session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[BillingPeriodRow.subscription_id, BillingPeriodRow.starts_at],
-            set_={"is_closed": True, "ends_at": usage.ends_at},
+    """Write down that what is told of a period does not count any more."""
+    closed = await session.execute(
+        update(BillingPeriodRow)
+        .where(
+            BillingPeriodRow.organization_id == organization_id,
+            BillingPeriodRow.subscription_id == subscription_id,
+            BillingPeriodRow.starts_at >= usage.starts_at,
+            BillingPeriodRow.starts_at < usage.ends_at,
         )
+        .values(is_closed=True)
+        .returning(BillingPeriodRow.starts_at)
     )
+    if not closed.all():
+        # One that we never saw: it was over when we heard of it.
+        session.add(
+            BillingPeriodRow(
+                subscription_id=subscription_id,
+                starts_at=usage.starts_at,
+                ends_at=usage.ends_at,
+                organization_id=organization_id,
+                is_metered=True,
+                is_closed=True,
+            )
+        )
+        await session.flush()
+
+
+async def drafts_of(session: AsyncSession, customer_id: str) -> set[str]:
+    """Return the customer's invoices that are drafts as far as we know."""
+    owner = await owner_of_customer(session, customer_id)
+    rows = await session.scalars(
+        select(InvoiceRow.id).where(InvoiceRow.organization_id == owner, InvoiceRow.status == "draft")
+    )
+    return set(rows)
+
+
+async def forget_draft(session: AsyncSession, invoice_id: str) -> OrganizationId | None:
+    """Write down that a draft was deleted at Stripe; return whose it was."""
+    row = await session.get(InvoiceRow, invoice_id, with_for_update=True)
+    if row is None:
+        return None
+    if row.status == "draft":
+        row.status = "deleted"
+    return OrganizationId(row.organization_id)
+
+
+async def doubled_usage(session: AsyncSession, *, organization_id: OrganizationId) -> tuple[str, str] | None:
+    """Return a second subscription that bills usage, and its item that does; None where there is one at most."""
+    rows = await session.execute(
+        select(SubscriptionRow.id, SubscriptionRow.usage_item_id)
+        .where(
+            SubscriptionRow.organization_id == organization_id,
+            SubscriptionRow.status.in_(LIVE),
+            SubscriptionRow.usage_item_id.is_not(None),
+        )
+        .order_by(SubscriptionRow.started_at, SubscriptionRow.id)
+        .offset(1)
+        .limit(1)
+    )
+    found = rows.first()
+    return None if found is None else (found[0], found[1] or "")

@@ -23,6 +23,8 @@ from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
 from metering.billing.catalog_ids import meter_ids
+from metering.billing.errors import StripeRefused
+from metering.billing.moving import FINAL, move_unbilled
 from metering.billing.planning import billed_periods, identifier_of
 from metering.billing.stripe_api import StripeApi
 from metering.billing.tables import BillingCustomerRow, InvoiceRow, MeterCheckRow, MeterCursorRow, MeterReportRow
@@ -46,6 +48,10 @@ class Reconciled(msgspec.Struct, kw_only=True):
     waiting: int = 0
     repaired: int = 0
     alerts: int = 0
+    refused: int = 0
+    """Customers that Stripe does not know."""
+    moved: int = 0
+    """Final invoices that had not billed all that was reported: the rest goes to the next one."""
     difference: int = 0
 
 
@@ -86,11 +92,19 @@ class Reconciler:
         found = Reconciled()
         async with self._database.transaction() as session:
             ids = await meter_ids(session)
-            customers = await _customers(session, only=only, is_doubt_only=is_doubt_only)
+            customers = await _customers(session, self._clock.now(), only=only, is_doubt_only=is_doubt_only)
         for organization_id, meter, customer_id in customers:
-            if meter in ids:
-                asked = _Asked(organization_id, meter, ids[meter], customer_id)
+            if meter not in ids:
+                continue
+            asked = _Asked(organization_id, meter, ids[meter], customer_id)
+            try:
                 await self._compare(asked, since, found, may_repair=may_repair)
+            except StripeRefused as error:
+                # A customer that was deleted at Stripe holds up no other.
+                found.refused += 1
+                _log.warning("stripe.refused", kind="customer", id=customer_id, code=error.code)
+        async with self._database.transaction() as session:
+            found.moved = await move_unbilled(session, self._clock.now(), only=only)
         return found
 
     async def _compare(self, asked: _Asked, since: datetime | None, found: Reconciled, *, may_repair: bool) -> None:
@@ -113,7 +127,7 @@ class Reconciler:
 
 
 async def _customers(
-    session: AsyncSession, *, only: OrganizationId | None, is_doubt_only: bool
+    session: AsyncSession, now: datetime, *, only: OrganizationId | None, is_doubt_only: bool
 ) -> list[tuple[OrganizationId, str, str]]:
     """Return whose meters are compared: organization, meter and customer."""
     cursor, customer = MeterCursorRow, BillingCustomerRow
@@ -131,7 +145,12 @@ async def _customers(
         doubted = exists().where(
             MeterCheckRow.organization_id == cursor.organization_id, MeterCheckRow.state.in_(_IN_DOUBT)
         )
-        statement = statement.where(or_(unknown, draft, doubted))
+        lately = exists().where(
+            InvoiceRow.organization_id == cursor.organization_id,
+            InvoiceRow.status.in_(FINAL),
+            InvoiceRow.issued_at >= now - timedelta(days=1),
+        )
+        statement = statement.where(or_(unknown, draft, doubted, lately))
     rows = await session.execute(statement)
     return [(OrganizationId(organization_id), meter, customer_id or "") for organization_id, meter, customer_id in rows]
 
@@ -166,7 +185,16 @@ async def _first_in_doubt(session: AsyncSession, asked: _Asked, recent: datetime
             InvoiceRow.organization_id == asked.organization_id, InvoiceRow.status == "draft"
         )
     )
-    return min(recent, *(hour_of(moment) for moment in (unknown, doubted, drafted) if moment is not None), recent)
+    # And once more after it is: what it has not billed is moved only where the sums agree.
+    lately = await session.scalar(
+        select(func.min(InvoiceRow.usage_starts_at)).where(
+            InvoiceRow.organization_id == asked.organization_id,
+            InvoiceRow.status.in_(FINAL),
+            InvoiceRow.issued_at >= recent,
+        )
+    )
+    in_doubt = [hour_of(moment) for moment in (unknown, doubted, drafted, lately) if moment is not None]
+    return min([recent, *in_doubt])
 
 
 async def _hours(session: AsyncSession, asked: _Asked, since: datetime) -> dict[datetime, _Hour]:
@@ -225,6 +253,9 @@ async def _judge(
     seen_at = row.seen_at if is_same and row is not None and state != "repaired" else now
     is_news = row is None or row.state != state
     await _write(session, asked, look, state, seen_at, now)
+    if state == "alert":
+        # A person decides; nothing will become known by itself any more.
+        await _settle_unknown(session, asked, look.hour)
     found.waiting += state == "waiting"
     found.repaired += state == "repaired"
     found.alerts += state == "alert"
@@ -306,7 +337,11 @@ async def mark_suspect(session: AsyncSession, starts_at: datetime, ends_at: date
     """
     rows = await session.execute(
         select(MeterReportRow.organization_id, MeterReportRow.meter, MeterReportRow.event_at)
-        .where(MeterReportRow.last_sent_at >= starts_at - HOUR, MeterReportRow.last_sent_at <= ends_at + HOUR)
+        .where(
+            MeterReportRow.last_sent_at >= starts_at - HOUR,
+            MeterReportRow.last_sent_at <= ends_at + HOUR,
+            MeterReportRow.state.in_(_COUNTED),
+        )
         .distinct()
     )
     doubted = {(organization_id, meter, hour_of(event_at)) for organization_id, meter, event_at in rows}

@@ -47,6 +47,8 @@ class BillingCustomerRow(Table):
     wallet_opened_at: Mapped[datetime | None] = mapped_column(_WHEN)
     """Usage from then on may be drawn from prepaid credit."""
     top_up_below_cents: Mapped[int | None] = mapped_column(BigInteger)
+    checkout_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
+    """The page that was last opened to buy a plan: it is closed before another is."""
     top_up_cents: Mapped[int | None] = mapped_column(BigInteger)
     """Charge the card so much whenever less than *top_up_below_cents* is left. None: never by itself."""
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
@@ -90,6 +92,8 @@ class BillingPeriodRow(Table):
     ends_at: Mapped[datetime] = mapped_column(_WHEN)
     organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"))
     is_metered: Mapped[bool] = mapped_column(Boolean)
+    """Whether usage is billed in it; else its price includes it. A period in which that changes is two rows."""
+    is_trial: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     is_closed: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     """Its invoice is final: Stripe counts nothing more for it."""
 
@@ -111,6 +115,8 @@ class InvoiceRow(Table):
     due_cents: Mapped[int] = mapped_column(BigInteger)
     usage_micro_usd: Mapped[int | None] = mapped_column(BigInteger)
     """The quantity of the line that bills usage; None where there is no such line."""
+    has_other_lines: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    """There are lines of neither the plan nor usage: what bills usage is then for a person to read."""
     usage_starts_at: Mapped[datetime | None] = mapped_column(_WHEN)
     usage_ends_at: Mapped[datetime | None] = mapped_column(_WHEN)
     page_url: Mapped[str | None] = mapped_column(Text)
@@ -160,6 +166,7 @@ class MeterReportRow(Table):
     __table_args__ = (
         UniqueConstraint("organization_id", "meter", "window_starts_at", "revision", name="uq_meter_reports_revision"),
         Index("ix_meter_reports_event_at", "organization_id", "meter", "event_at"),
+        Index("ix_meter_reports_last_sent_at", "last_sent_at"),
         Index(
             "ix_meter_reports_open",
             "organization_id",
@@ -175,7 +182,8 @@ class MeterReportRow(Table):
     """Which usage it is: the window's."""
     revision: Mapped[int] = mapped_column(Integer)
     kind: Mapped[str] = mapped_column(_WORD)
-    """usage | carried (told as of a later time than the usage's) | repair (makes Stripe's sum of an hour ours)"""
+    """usage | carried (told as of a later time than the usage's) | moved (taken back out of a final invoice's period,
+    which did not bill it) | repair (makes Stripe's sum of an hour ours)"""
     follows: Mapped[str | None] = mapped_column(_ID)
     """The refused report that a carried one takes the place of."""
     event_at: Mapped[datetime] = mapped_column(_WHEN)

@@ -19,8 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
-from metering.billing import prepaid
+from metering.billing import emails, prepaid
 from metering.billing.errors import StripeRefused
+from metering.billing.ownership import lock_account
 from metering.billing.prepaid import NANO_USD_PER_CENT, TOP_UP_METADATA
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import ORGANIZATION_METADATA
@@ -40,40 +41,52 @@ class TopUps:
         self._clock = clock
 
     async def round(self) -> int:
-        """Open top-ups for those whose credit is low, and see all open ones through; return how many were paid."""
-        async with self._database.transaction() as session:
-            low = await self._low(session)
-            for organization_id, cents in low:
-                await session.execute(
-                    insert(TopUpRow)
-                    .values(
-                        id=new_id("topup"),
-                        organization_id=organization_id,
-                        cents=cents,
-                        created_at=self._clock.now(),
-                    )
-                    .on_conflict_do_nothing()
-                )
-            waiting = list(await session.scalars(select(TopUpRow).where(TopUpRow.state == "open")))
-        return sum([await self._see_through(row) for row in waiting])
+        """Open top-ups for those whose credit is low, and see all open ones through; return how many were paid.
 
-    async def _low(self, session: AsyncSession) -> list[tuple[OrganizationId, int]]:
-        """Return whose credit is below what they said, and how much they are charged."""
-        customers = await session.scalars(
-            select(BillingCustomerRow).where(
-                BillingCustomerRow.top_up_below_cents.is_not(None),
-                BillingCustomerRow.stripe_customer_id.is_not(None),
-                BillingCustomerRow.wallet_opened_at.is_not(None),
+        What Stripe refuses of one holds up no other.
+        """
+        async with self._database.transaction() as session:
+            candidates = await session.scalars(
+                select(BillingCustomerRow.organization_id).where(
+                    BillingCustomerRow.top_up_below_cents.is_not(None),
+                    BillingCustomerRow.stripe_customer_id.is_not(None),
+                    BillingCustomerRow.wallet_opened_at.is_not(None),
+                )
             )
+            organizations = [OrganizationId(found) for found in candidates]
+        for organization_id in organizations:
+            async with self._database.transaction() as session:
+                await self._open_if_low(session, organization_id=organization_id)
+        async with self._database.transaction() as session:
+            waiting = list(await session.scalars(select(TopUpRow).where(TopUpRow.state == "open")))
+        paid = 0
+        for row in waiting:
+            try:
+                paid += await self._see_through(row)
+            except StripeRefused as error:
+                await self._fail(row, error.code or "refused")
+        return paid
+
+    async def _open_if_low(self, session: AsyncSession, *, organization_id: OrganizationId) -> None:
+        """Open a top-up if credit is low and none is open, while nothing else changes what is left."""
+        account = await lock_account(session, organization_id=organization_id)
+        if account is None or account.top_up_below_cents is None or account.top_up_cents is None:
+            return
+        left = await prepaid.left(session, self._clock.now(), organization_id=organization_id)
+        if left >= account.top_up_below_cents * NANO_USD_PER_CENT:
+            return
+        if await self._failed_lately(session, organization_id=organization_id):
+            return
+        await session.execute(
+            insert(TopUpRow)
+            .values(
+                id=new_id("topup"),
+                organization_id=organization_id,
+                cents=account.top_up_cents,
+                created_at=self._clock.now(),
+            )
+            .on_conflict_do_nothing()
         )
-        found: list[tuple[OrganizationId, int]] = []
-        for row in customers:
-            organization_id = OrganizationId(row.organization_id)
-            left = await prepaid.left(session, organization_id=organization_id)
-            is_low = left < (row.top_up_below_cents or 0) * NANO_USD_PER_CENT
-            if is_low and not await self._failed_lately(session, organization_id=organization_id):
-                found.append((organization_id, row.top_up_cents or 0))
-        return found
 
     async def _failed_lately(self, session: AsyncSession, *, organization_id: OrganizationId) -> bool:
         since: datetime = self._clock.now() - _AFTER_FAILURE
@@ -96,7 +109,7 @@ class TopUps:
         assert customer_id is not None
         if self._clock.now() - row.created_at >= _RETRY_MAX:
             return await self._look_for(row, customer_id)
-        method = await self._api.default_payment_method(customer_id)
+        method = await self._api.payment_method_of(customer_id)
         if method is None:
             await self._fail(row, "there is no payment method")
             return False
@@ -109,11 +122,7 @@ class TopUps:
             "off_session": True,
             "metadata": {ORGANIZATION_METADATA: organization_id, TOP_UP_METADATA: row.id},
         }
-        try:
-            payment = await self._api.create_payment(params, idempotency_key=row.id)
-        except StripeRefused as error:
-            await self._fail(row, error.code or "refused")
-            return False
+        payment = await self._api.create_payment(params, idempotency_key=row.id)
         async with self._database.transaction() as session:
             await prepaid.keep_payment(session, payment, self._clock.now())
         return payment.status == "succeeded"
@@ -136,3 +145,5 @@ class TopUps:
                 .where(TopUpRow.organization_id == row.organization_id, TopUpRow.id == row.id, TopUpRow.state == "open")
                 .values(state="failed", problem=problem, ended_at=self._clock.now())
             )
+            organization_id = OrganizationId(row.organization_id)
+            await emails.note(session, "payment_failed", row.id, {"top_up": row.id}, organization_id=organization_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
+from typing import Final
 
 import msgspec
 from sqlalchemy import and_, func, select
@@ -13,6 +14,7 @@ from core.ids import OrganizationId
 from core.money import usd_text
 from keys.budgets import period_bounds
 from metering.billing import marks, prepaid, wallet
+from metering.billing.meters import USAGE
 from metering.billing.standing import LIVE
 from metering.billing.tables import (
     BillingCustomerRow,
@@ -28,6 +30,10 @@ from metering.billing.tables import (
 )
 from metering.billing.windows import hour_of
 from metering.tables import SpendWindowRow
+
+_INVOICES_SHOWN: Final = timedelta(days=100)
+_STUCK_AFTER: Final = timedelta(hours=3)
+"""An hour's usage is reported within an hour and some minutes of its beginning."""
 
 
 class SubscriptionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +144,8 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     """Whether Stripe agrees with the ledger, for the operator."""
 
     agrees: bool
+    is_stuck: bool
+    """Reports wait for longer than Stripe is ever out of reach: the worker's log says why."""
     reconciled_at: datetime | None
     reports: dict[str, int]
     """How many reports are in which state."""
@@ -209,7 +217,7 @@ async def list_invoices(
     ]
 
 
-async def wallet_of(session: AsyncSession, limit: int, *, organization_id: OrganizationId) -> WalletView:
+async def wallet_of(session: AsyncSession, limit: int, now: datetime, *, organization_id: OrganizationId) -> WalletView:
     """Return an organization's credit and its last movements, newest first."""
     customer = await session.scalar(
         select(BillingCustomerRow).where(BillingCustomerRow.organization_id == organization_id)
@@ -230,7 +238,7 @@ async def wallet_of(session: AsyncSession, limit: int, *, organization_id: Organ
     ]
     return WalletView(
         balance_nano_usd=await wallet.balance(session, organization_id=organization_id),
-        available_nano_usd=await prepaid.left(session, organization_id=organization_id),
+        available_nano_usd=await prepaid.left(session, now, organization_id=organization_id),
         is_prepaid=await prepaid.is_gated(session, organization_id=organization_id),
         top_up_below_cents=None if customer is None else customer.top_up_below_cents,
         top_up_cents=None if customer is None else customer.top_up_cents,
@@ -259,7 +267,7 @@ async def present_charge(session: AsyncSession, now: datetime, *, organization_i
     return PresentCharge(charge_usd=usd_text(int(total or 0)), starts_at=starts_at, ends_at=ends_at)
 
 
-async def reconciliation(session: AsyncSession, limit: int = 100) -> ReconciliationView:
+async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100) -> ReconciliationView:
     """Return what stands between the ledger and Stripe, of all organizations: *limit* of each kind at most."""
     reports = await _by_state(session, MeterReportRow.state)
     events = await _by_state(session, StripeEventRow.state)
@@ -267,13 +275,19 @@ async def reconciliation(session: AsyncSession, limit: int = 100) -> Reconciliat
         select(func.min(MeterReportRow.created_at)).where(MeterReportRow.state.in_(("new", "sent", "unknown")))
     )
     differences = await _differences(session, limit)
-    invoices = await _invoice_differences(session, limit)
+    invoices = await _invoice_differences(session, now, limit)
     parked = [
         ParkedView(organization_id=row.organization_id, meter=row.meter, reason=row.parked_for or "")
         for row in await session.scalars(
             select(MeterCursorRow).where(MeterCursorRow.parked_for.is_not(None)).limit(limit)
         )
     ]
+    waiting = await session.scalar(
+        select(func.min(func.coalesce(MeterReportRow.first_sent_at, MeterReportRow.event_at))).where(
+            MeterReportRow.state.in_(("new", "sent", "unknown"))
+        )
+    )
+    is_stuck = waiting is not None and now - waiting > _STUCK_AFTER
     uncollected = [
         UncollectedView(**{name: getattr(row, name) for name in UncollectedView.__struct_fields__})
         for row in await session.scalars(
@@ -281,7 +295,8 @@ async def reconciliation(session: AsyncSession, limit: int = 100) -> Reconciliat
         )
     ]
     return ReconciliationView(
-        agrees=not (differences or invoices or parked or uncollected or reports.get("unknown")),
+        agrees=not (differences or invoices or parked or uncollected or is_stuck or events.get("dead")),
+        is_stuck=is_stuck,
         reconciled_at=await marks.moment(session, "turn:reconcile"),
         reports=reports,
         oldest_open_at=oldest,
@@ -308,17 +323,17 @@ async def _differences(session: AsyncSession, limit: int) -> list[DifferenceView
     return [DifferenceView(**{name: getattr(row, name) for name in DifferenceView.__struct_fields__}) for row in rows]
 
 
-async def _invoice_differences(session: AsyncSession, limit: int) -> list[InvoiceDifferenceView]:
+async def _invoice_differences(session: AsyncSession, now: datetime, limit: int) -> list[InvoiceDifferenceView]:
     """Return final invoices whose usage is not the sum of what was reported for their period."""
     reported = (
         select(func.coalesce(func.sum(MeterReportRow.value), 0))
         .where(
             MeterReportRow.organization_id == InvoiceRow.organization_id,
-            MeterReportRow.meter == "usage_micro_usd_v1",
+            MeterReportRow.meter == USAGE.event_name,
             MeterReportRow.event_at >= InvoiceRow.usage_starts_at,
             MeterReportRow.event_at < InvoiceRow.usage_ends_at,
             MeterReportRow.kind != "repair",
-            MeterReportRow.state.in_(("acked", "unknown", "checked")),
+            MeterReportRow.state != "refused",
         )
         .correlate(InvoiceRow)
         .scalar_subquery()
@@ -328,6 +343,7 @@ async def _invoice_differences(session: AsyncSession, limit: int) -> list[Invoic
         .where(
             InvoiceRow.usage_micro_usd.is_not(None),
             InvoiceRow.status.in_(("open", "paid", "uncollectible")),
+            InvoiceRow.issued_at >= now - _INVOICES_SHOWN,
             InvoiceRow.usage_micro_usd != reported,
         )
         .order_by(InvoiceRow.issued_at.desc())

@@ -27,6 +27,10 @@ class Period(msgspec.Struct, frozen=True, kw_only=True):
     ends_at: datetime
     is_closed: bool = False
     is_prepaid: bool = False
+    is_included: bool = False
+    """A subscription's whose price includes usage: it is told nobody, and takes no credit."""
+    is_trial: bool = False
+    """Usage is counted, and costs nothing: it takes no credit, and nothing is put off into it."""
 
 
 class Hour(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +49,7 @@ class Due(msgspec.Struct, frozen=True, kw_only=True):
     event_at: datetime | None
     is_carried: bool = False
     is_prepaid: bool = False
+    is_free: bool = False
 
 
 class Uncollected(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,25 +89,28 @@ def due_windows(
             if not owed:
                 continue
             period = _period_at(starts_at, periods)
-            if period is None:
+            if period is None or period.is_included:
                 # Only a part of an hour is written off: the whole of one outside of all periods has no window.
                 if starts_at in planned or ends_at - starts_at < HOUR:
                     due.append(Due(window_starts_at=starts_at, amount=owed, event_at=None))
             elif is_flush or now >= ends_at + SETTLING:
-                told_at, is_carried = _told_at(starts_at, period, periods, now)
-                if told_at is None:
+                told = _told_at(starts_at, period, periods, now)
+                if told.at is not None:
+                    due.append(_due(starts_at, owed, period, told))
+                elif not told.is_later:
                     uncollected.append(Uncollected(window_starts_at=starts_at, amount=owed))
-                else:
-                    due.append(
-                        Due(
-                            window_starts_at=starts_at,
-                            amount=owed,
-                            event_at=told_at,
-                            is_carried=is_carried,
-                            is_prepaid=period.is_prepaid,
-                        )
-                    )
     return due, uncollected
+
+
+def _due(starts_at: datetime, amount: int, period: Period, told: _Told) -> Due:
+    return Due(
+        window_starts_at=starts_at,
+        amount=amount,
+        event_at=told.at,
+        is_carried=told.is_carried,
+        is_prepaid=period.is_prepaid,
+        is_free=period.is_trial and not told.is_carried,
+    )
 
 
 def _windows(
@@ -115,13 +123,13 @@ def _windows(
     ends = [*cuts[1:], ends_at]
     if len(cuts) == 1:
         return [(hour.starts_at, ends_at, hour.total)]
-    if hour.minutes:
+    if sum(hour.minutes.values()) == hour.total:
         amounts = [
             sum(amount for minute, amount in hour.minutes.items() if start <= minute < end)
             for start, end in zip(cuts, ends, strict=True)
         ]
     else:
-        # The minutes are forgotten: what has come since belongs to the last window.
+        # Minutes are forgotten, all or some: what has come since belongs to the last window.
         amounts = [planned.get(start, 0) for start in cuts]
     amounts[-1] += hour.total - sum(amounts)
     return list(zip(cuts, ends, amounts, strict=True))
@@ -133,19 +141,26 @@ def _period_at(moment: datetime, periods: Sequence[Period]) -> Period | None:
     return min(found, key=lambda period: period.is_prepaid, default=None)
 
 
-def _told_at(
-    window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime
-) -> tuple[datetime | None, bool]:
-    """Return the time that Stripe is told, and whether that is a later period's. None: there is no period for it."""
+class _Told(msgspec.Struct, frozen=True):
+    """The time that Stripe is told. None: there is none, or (*is_later*) not yet."""
+
+    at: datetime | None
+    is_carried: bool = False
+    is_later: bool = False
+
+
+def _told_at(window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime) -> _Told:
     if period.is_prepaid:
-        return window_starts_at, False
+        return _Told(window_starts_at)
     if not period.is_closed and now - window_starts_at < PAST_MAX:
         # A window is cut at the minute, a period begins at the second.
-        return max(window_starts_at, period.starts_at), False
-    present = [p for p in periods if not p.is_closed and not p.is_prepaid and hour_of(now) < p.ends_at]
-    if not present:
-        return None, True
-    return max(hour_of(now), max(present, key=lambda p: p.starts_at).starts_at), True
+        return _Told(max(window_starts_at, period.starts_at))
+    present = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included) and hour_of(now) < p.ends_at]
+    paying = [p for p in present if not p.is_trial]
+    if not paying:
+        # After a trial there may be one that is paid for.
+        return _Told(None, is_carried=True, is_later=bool(present))
+    return _Told(max(hour_of(now), max(paying, key=lambda p: p.starts_at).starts_at), is_carried=True)
 
 
 def until_next_hour(now: datetime) -> datetime:

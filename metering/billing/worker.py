@@ -79,6 +79,7 @@ class BillingWorker:
                 (self.apply, pace.apply_seconds),
                 (self.export, pace.export_seconds),
                 (self.look, pace.look_seconds),
+                (self.top_up, pace.look_seconds),
                 (self.catch_up, pace.catch_up_seconds),
                 (self.reconcile, min(pace.reconcile_seconds, 60.0)),
                 (self.settle_doubts, min(pace.doubts_seconds, 60.0)),
@@ -94,9 +95,13 @@ class BillingWorker:
         return (await self._exporter.round()).acked
 
     async def look(self) -> None:
-        """Do what time brings: periods and days of grace that end, credit that runs low."""
+        """Do what time brings: periods and days of grace that end."""
         if await self._is_turn("look", self._pace.look_seconds):
             await self._applier.look_at_overdue()
+
+    async def top_up(self) -> None:
+        """Buy credit for those whose runs low."""
+        if await self._is_turn("top_up", self._pace.look_seconds):
             await self._top_ups.round()
 
     async def catch_up(self) -> None:
@@ -107,9 +112,9 @@ class BillingWorker:
     async def reconcile(self) -> None:
         """Compare subscriptions and sums with Stripe's."""
         if await self._is_turn("reconcile", self._pace.reconcile_seconds):
+            found = await self._reconciler.round()
             is_daily = await self._is_turn("invoices", _DAY_SECONDS)
             await self._applier.look_at_customers(with_invoices=is_daily)
-            found = await self._reconciler.round()
             _log.info("billing.reconciled", hours=found.hours, repaired=found.repaired, alerts=found.alerts)
 
     async def settle_doubts(self) -> None:

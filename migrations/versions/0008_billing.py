@@ -69,6 +69,7 @@ def upgrade() -> None:
         sa.Column("wallet_opened_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("top_up_below_cents", sa.BigInteger(), nullable=True),
         sa.Column("top_up_cents", sa.BigInteger(), nullable=True),
+        sa.Column("checkout_id", sa.String(length=255, collation="C"), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_billing_customers_organization_id_organizations")
@@ -83,6 +84,7 @@ def upgrade() -> None:
         sa.Column("ends_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("organization_id", sa.String(length=40, collation="C"), nullable=False),
         sa.Column("is_metered", sa.Boolean(), nullable=False),
+        sa.Column("is_trial", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("is_closed", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_billing_periods_organization_id_organizations")
@@ -124,6 +126,7 @@ def upgrade() -> None:
         sa.Column("paid_cents", sa.BigInteger(), nullable=False),
         sa.Column("due_cents", sa.BigInteger(), nullable=False),
         sa.Column("usage_micro_usd", sa.BigInteger(), nullable=True),
+        sa.Column("has_other_lines", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("usage_starts_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("usage_ends_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("page_url", sa.Text(), nullable=True),
@@ -198,6 +201,7 @@ def upgrade() -> None:
             "organization_id", "meter", "window_starts_at", "revision", name="uq_meter_reports_revision"
         ),
     )
+    op.create_index("ix_meter_reports_last_sent_at", "meter_reports", ["last_sent_at"], unique=False)
     op.create_index(
         "ix_meter_reports_event_at", "meter_reports", ["organization_id", "meter", "event_at"], unique=False
     )
@@ -344,6 +348,7 @@ def downgrade() -> None:
         table_name="meter_reports",
         postgresql_where=sa.text("state IN ('new', 'sent', 'unknown')"),
     )
+    op.drop_index("ix_meter_reports_last_sent_at", table_name="meter_reports")
     op.drop_index("ix_meter_reports_event_at", table_name="meter_reports")
     op.drop_table("meter_reports")
     op.drop_table("meter_cursors")

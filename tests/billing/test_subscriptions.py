@@ -55,11 +55,12 @@ class TestSubscribing:
         await place.hear()
         assert await _standing(place, organization_id) == (None, "active", None)
 
-    async def test_by_two_at_once_makes_one_customer(self, place: BillingPlace) -> None:
+    async def test_again_before_it_is_paid_closes_the_page_from_before(self, place: BillingPlace) -> None:
         organization_id = await place.organization()
         first = await place.customers.subscribe(organization_id, "pro", PAGES)
-        again = await place.customers.subscribe(organization_id, "pro", PAGES)
-        assert first.id == again.id
+        again = await place.customers.subscribe(organization_id, "enterprise", PAGES)
+        states = {one["id"]: one["status"] for one in place.twin.state.tables["checkout.session"].values()}
+        assert states == {first.id: "expired", again.id: "open"}
         assert len(place.twin.state.tables["customer"]) == 1
 
     async def test_again_is_refused(self, place: BillingPlace) -> None:

@@ -20,11 +20,11 @@ _DOLLAR = 1_000_000_000
 
 async def _left(place: BillingPlace, organization_id: OrganizationId) -> int:
     async with place.database.transaction() as session:
-        return await prepaid.left(session, organization_id=organization_id)
+        return await prepaid.left(session, place.clock.now(), organization_id=organization_id)
 
 
 async def _budget(place: BillingPlace, organization_id: OrganizationId) -> list[tuple[object, ...]]:
-    query = "SELECT limit_nano_usd, is_hard FROM budgets WHERE organization_id = :org AND period = 'total'"
+    query = "SELECT limit_nano_usd, is_hard FROM budgets WHERE organization_id = :org AND scope = 'credit'"
     return await place.rows(query, org=organization_id)
 
 

@@ -273,7 +273,7 @@ def _webhook_secrets(text: str) -> tuple[str, ...]:
     secrets = tuple(part.strip() for part in text.split(",") if part.strip())
     # An empty secret would verify whatever anybody signs with nothing (GHSA-xff3-5c9p-2mr4).
     if not all(re.fullmatch(r"whsec_[\w+/=]{16,}", secret, re.ASCII) for secret in secrets):
-        raise ValueError("expected signing secrets, which begin with whsec_, separated by commas")
+        raise ValueError("expected whsec_ and at least 16 more characters, or several of these, separated by commas")
     return secrets
 
 

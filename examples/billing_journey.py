@@ -24,6 +24,7 @@ import httpx
 
 WEBHOOK_SECRET = "whsec_of_the_billing_journey"
 AAP = str(Path(sys.executable).parent / "aap")
+FOREIGN = ("AAP_", "DATABASE_URL", "REDIS_URL", "STRIPE_", "OPENAI_")
 USAGE_PRICE_USD = {"--input": "2.50", "--output": "10"}
 
 
@@ -94,7 +95,9 @@ class Place:
             )
         say(f"Invoice {invoice['number']} bills {invoice['usage_micro_usd']} micro-USD: exactly the ledger")
         status = self._aap("stripe", "status")
-        say(f"`aap stripe status` agrees: {status['agrees']}, reports {status['reports']}")
+        if not status["agrees"]:
+            sys.exit(f"something stands between the ledger and Stripe: {status}")
+        say(f"`aap stripe status` agrees; reports: {status['reports']}")
 
     def ledger(self) -> tuple[int, int]:
         """Return what the ledger has of Acme: nano-USD, and calls."""
@@ -142,11 +145,13 @@ def journey(directory: Path) -> Iterator[Place]:
     example = subprocess.run([AAP, "plans", "example"], capture_output=True, text=True, check=True).stdout
     (directory / "aap.toml").write_text(example)
     environ = {
-        **os.environ,
+        # Stores of its own, whatever the gateway on this machine uses.
+        **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
         "AAP_DATA_DIR": str(directory / "data"),
         "AAP_CONFIG": str(directory / "aap.toml"),
         "AAP_PORT": str(port),
         "AAP_LOG_LEVEL": "warning",
+        "AAP_LOG_REQUESTS": "false",
         "AAP_STRIPE_URL": twin_url,
         "STRIPE_API_KEY": "sk_test_twin",
         "STRIPE_WEBHOOK_SECRET": WEBHOOK_SECRET,

@@ -194,6 +194,8 @@ SUSPENSION_REASONS: Final = {
     "subscription_ended": ("its subscription has ended", "Subscribe to a plan to go on."),
     "subscription_paused": ("its subscription is paused", "Resume the subscription to go on."),
 }
+BILLING_PREFIX: Final = "billing:"
+"""Before a reason that billing has, and takes back by itself. What an operator gives stays."""
 _SUSPENDED_BY_OPERATOR: Final = ("the operator of this service has stopped it", "Ask them to resume it.")
 
 
@@ -203,7 +205,7 @@ class OrganizationSuspended(PaymentRequired):
     code = "organization_suspended"
 
     def __init__(self, reason: str | None) -> None:
-        why, remedy = SUSPENSION_REASONS.get(reason or "", _SUSPENDED_BY_OPERATOR)
+        why, remedy = SUSPENSION_REASONS.get((reason or "").removeprefix(BILLING_PREFIX), _SUSPENDED_BY_OPERATOR)
         super().__init__(f"This organization is suspended: {why}. {remedy}")
 
 

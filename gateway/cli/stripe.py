@@ -30,13 +30,15 @@ def sync(dry_run: bool, yes: bool, as_json: bool) -> None:
     """Make products, prices and meters at Stripe what aap.toml says. What is there already is not made again."""
     from gateway.cli import stripe_acts
 
+    if as_json and not (yes or dry_run):
+        raise click.UsageError("--json asks nothing: give --yes or --dry-run")
     planned = stripe_acts.synchronise(is_dry_run=True)
     empty = "Stripe has everything that aap.toml says."
     if not as_json or dry_run:
         show(planned, _CHANGE_COLUMNS, as_json=as_json, empty=empty)
     if dry_run:
         return
-    if planned and not yes and not as_json:
+    if planned and not yes:
         click.confirm("Do that at Stripe?", abort=True)
     done = stripe_acts.synchronise(is_dry_run=False)
     if as_json:
@@ -115,7 +117,10 @@ def events(state: str | None, limit: int, replay: str | None, replay_dead: bool,
 
     if replay is not None or replay_dead:
         count = stripe_acts.replay(replay)
-        print_json({"replayed": count}) if as_json else click.echo(f"{count} will be applied again by the worker.")
+        if as_json:
+            print_json({"replayed": count})
+        else:
+            click.echo(f"{count} will be applied again by the worker.")
         return
     show(stripe_acts.list_events(state, limit), _EVENT_COLUMNS, as_json=as_json, empty="There are no events.")
 
@@ -128,7 +133,10 @@ def resume(org: str, as_json: bool) -> None:
     from gateway.cli import stripe_acts
 
     count = stripe_acts.resume(org)
-    print_json({"resumed": count}) if as_json else click.echo(f"{count} meters go on.")
+    if as_json:
+        print_json({"resumed": count})
+    else:
+        click.echo(f"{count} meters go on.")
 
 
 @stripe_command.command("twin", context_settings=_TWIN_OPTIONS)

@@ -95,9 +95,11 @@ def reconcile(org: str | None, *, days: int, may_repair: bool) -> Compared:
         only = await _chosen(stores, org)
         plans = _plans(stores)
         applier = Applier(stores.database, api, clock, lambda: plans, meters=catalog.meters_of(plans))
-        await applier.catch_up()
-        await applier.apply_due()
-        subscriptions = await applier.look_at_customers(only, with_invoices=True)
+        subscriptions = 0
+        if may_repair:
+            await applier.catch_up()
+            await applier.apply_due()
+            subscriptions = await applier.look_at_customers(only, with_invoices=True)
         since = clock.now().replace(minute=0, second=0, microsecond=0) - timedelta(days=days)
         found = await Reconciler(stores.database, api, clock).round(only=only, since=since, may_repair=may_repair)
         async with stores.database.transaction() as session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import msgspec
 
@@ -14,6 +15,7 @@ from gateway.cli.stores import Stores, chosen_organization, on_stores
 from keys import tenants
 from keys.revocation import KeyChange, Propagation, announce
 from keys.tenants import DisconnectPolicy, Organization, OrganizationStatus, Project
+from metering.billing.ownership import set_address
 
 # How a command line says that an organization has no plan.
 NO_PLAN = "none"
@@ -42,6 +44,27 @@ def list_organizations() -> list[Organization]:
     async def act(stores: Stores) -> list[Organization]:
         async with stores.database.transaction() as session:
             return await tenants.list_organizations(session)
+
+    return on_stores(act)
+
+
+class Addressed(msgspec.Struct, frozen=True):
+    """Where an organization's mails go."""
+
+    organization_id: OrganizationId
+    email: str
+
+
+def set_email(org: str, email: str) -> Addressed:
+    """Note where an organization's mails go."""
+    if not re.fullmatch(r"[^@\s]{1,64}@[^@\s]{1,190}", email):
+        fail(f"not an address for mail: {email}")
+
+    async def act(stores: Stores) -> Addressed:
+        organization_id = await chosen_organization(stores, org)
+        async with stores.database.transaction() as session:
+            await set_address(session, email, organization_id=organization_id)
+        return Addressed(organization_id, email)
 
     return on_stores(act)
 

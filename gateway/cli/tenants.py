@@ -89,6 +89,21 @@ def resume_org(org: str, as_json: bool) -> None:
     _print_changed(tenant_acts.set_status(org, "active", None), as_json=as_json)
 
 
+@orgs_command.command("set-email")
+@click.argument("org")
+@click.argument("email")
+@json_option
+def set_email(org: str, email: str, as_json: bool) -> None:
+    """Say where an organization's mails about payments and limits go. A checkout says so too, if nobody has."""
+    from gateway.cli import tenant_acts
+
+    done = tenant_acts.set_email(org, email)
+    if as_json:
+        print_json(done)
+    else:
+        click.echo(f"Mails of {done.organization_id} go to {done.email}.")
+
+
 @click.group()
 def projects_command() -> None:
     """Create and list projects."""

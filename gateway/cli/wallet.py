@@ -6,7 +6,7 @@ import click
 
 from gateway.cli.common import json_option, print_json, show
 
-_COLUMNS = ("created", "kind", "amount_usd", "note", "id")
+_COLUMNS = ("created_at", "kind", "amount_usd", "note", "id")
 
 
 @click.group()
@@ -29,7 +29,7 @@ def show_wallet(org: str, as_json: bool) -> None:
     show(found.transfers, _COLUMNS, as_json=False, empty="Nothing has moved yet.")
 
 
-@wallet_command.command("add")
+@wallet_command.command("add", context_settings={"ignore_unknown_options": True})
 @click.argument("org")
 @click.argument("usd")
 @click.option(
@@ -45,6 +45,7 @@ def add(org: str, usd: str, reference: str, note: str | None, as_json: bool) -> 
     if as_json:
         print_json(done)
     elif done.is_new:
-        click.echo(f"{usd} US dollars added: {done.available_usd} left.")
+        verb = "taken" if usd.startswith("-") else "added"
+        click.echo(f"{usd.removeprefix('-')} US dollars {verb}: {done.available_usd} left.")
     else:
         click.echo(f"That reference was added before. {done.available_usd} left.")

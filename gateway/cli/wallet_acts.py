@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import msgspec
 
 from core.clock import SystemClock
@@ -9,7 +11,6 @@ from core.ids import OrganizationId
 from core.money import parse_usd, usd_text
 from gateway.cli.common import fail
 from gateway.cli.stores import Stores, on_stores
-from gateway.routes.billing_forms import WalletObject, wallet_object
 from keys.lookup import require_organization
 from metering.billing import prepaid, views
 from metering.billing.prepaid import NANO_USD_PER_CENT, Credit
@@ -24,15 +25,38 @@ class Added(msgspec.Struct, frozen=True):
     available_usd: str
 
 
-def show(org: str) -> WalletObject:
+class TransferLine(msgspec.Struct, frozen=True):
+    """A movement of credit as it is shown."""
+
+    created_at: datetime
+    kind: str
+    amount_usd: str
+    note: str | None
+    id: str
+
+
+class WalletShown(msgspec.Struct, frozen=True):
+    """An organization's credit in US dollars, and its last movements."""
+
+    balance_usd: str
+    available_usd: str
+    is_prepaid: bool
+    transfers: list[TransferLine]
+
+
+def show(org: str) -> WalletShown:
     """Return an organization's credit."""
 
-    async def act(stores: Stores) -> WalletObject:
+    async def act(stores: Stores) -> WalletShown:
         async with stores.database.transaction() as session:
             organization_id = await require_organization(session, organization_id=OrganizationId(org))
-            return wallet_object(
-                await views.wallet_of(session, _SHOWN, SystemClock().now(), organization_id=organization_id)
-            )
+            found = await views.wallet_of(session, _SHOWN, SystemClock().now(), organization_id=organization_id)
+        return WalletShown(
+            usd_text(found.balance_nano_usd),
+            usd_text(found.available_nano_usd),
+            found.is_prepaid,
+            [TransferLine(one.created, one.kind, usd_text(one.nano_usd), one.note, one.id) for one in found.transfers],
+        )
 
     return on_stores(act)
 

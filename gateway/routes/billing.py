@@ -6,7 +6,7 @@ What is read comes from our own rows, so that it can be read while Stripe is dow
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from litestar import Request, get, post
 from litestar.status_codes import HTTP_200_OK
@@ -35,13 +35,18 @@ from gateway.routes.billing_forms import (
 from gateway.routes.query_string import described_by, read_query
 from gateway.runtime import Runtime
 from keys import tenants
+from keys.errors import BILLING_PREFIX
 from keys.plans import PlanLimits
 from keys.principal import Principal
 from metering import allowances
 from metering.billing import views
-from metering.billing.errors import BillingNotConfigured, NotSubscribed
+from metering.billing.errors import BillingNotConfigured, SubscriptionNotFound
 from metering.billing.plans import Plan
 from metering.billing.returning import ReturnPages
+
+if TYPE_CHECKING:
+    # Loaded where Stripe is configured, and nowhere else: see `gateway/billing_parts.py`.
+    from metering.billing.customers import Customers
 
 _SCOPE = "billing:manage"
 _TRANSFERS_SHOWN = 20
@@ -69,7 +74,7 @@ async def get_plan(principal: Principal, runtime: Runtime) -> PlanObject:
         bills_usage=plan.bills_usage if plan else False,
         limits=plan.limits if plan else PlanLimits(),
         status=organization.status,
-        status_reason=organization.status_reason,
+        status_reason=(organization.status_reason or "").removeprefix(BILLING_PREFIX) or None,
         available_plans=[_offer(one) for one in plans if one.is_sold],
     )
 
@@ -81,7 +86,7 @@ async def get_subscription(principal: Principal, runtime: Runtime) -> Subscripti
     async with runtime.reading.page(principal.organization_id) as session:
         found = await views.current_subscription(session, organization_id=principal.organization_id)
     if found is None:
-        raise NotSubscribed
+        raise SubscriptionNotFound
     return subscription_object(found)
 
 
@@ -104,11 +109,14 @@ async def change_plan(data: PlanForm, principal: Principal, runtime: Runtime) ->
     summary="Cancel the subscription",
     operation_id="cancel_billing_subscription",
 )
-async def cancel_subscription(data: CancelForm, principal: Principal, runtime: Runtime) -> SubscriptionObject:
+async def cancel_subscription(
+    principal: Principal, runtime: Runtime, data: CancelForm | None = None
+) -> SubscriptionObject:
     """End the subscription with its period, or at once with an invoice for what was used."""
     principal.require_scope(_SCOPE)
     customers = _customers(runtime)
-    return changed_subscription(await customers.cancel(principal.organization_id, at_once=data.at_once))
+    at_once = data is not None and data.at_once
+    return changed_subscription(await customers.cancel(principal.organization_id, at_once=at_once))
 
 
 @post(
@@ -189,7 +197,7 @@ async def set_automatic_top_up(data: AutomaticTopUpForm, principal: Principal, r
     return await _wallet(principal, runtime)
 
 
-@get("/v1/billing/usage", summary="Get what is used and not invoiced", operation_id="get_billing_usage")
+@get("/v1/billing/usage", summary="Get the present period's usage", operation_id="get_billing_usage")
 async def get_usage(principal: Principal, runtime: Runtime) -> UsageObject:
     """Return what was used in the present period, and what of the plan's allowances this month."""
     principal.require_scope(_SCOPE)
@@ -228,7 +236,7 @@ async def _wallet(principal: Principal, runtime: Runtime) -> WalletObject:
     return wallet_object(found)
 
 
-def _customers(runtime: Runtime) -> Any:
+def _customers(runtime: Runtime) -> Customers:
     """Return who acts at Stripe. Errors: BillingNotConfigured."""
     if runtime.billing is None or runtime.billing.customers is None:
         raise BillingNotConfigured

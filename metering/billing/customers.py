@@ -6,8 +6,8 @@ follows changes nothing then. Stripe down: BillingUnavailable, and nothing is ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from typing import Any, Final
 
@@ -25,12 +25,15 @@ from metering.billing.apply import Applier
 from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import (
     AlreadySubscribed,
+    AutomaticTopUpInvalid,
+    BillingMisconfigured,
     BillingUnavailable,
     NotSubscribed,
     PaymentRefused,
     PlanNotForSale,
     PlanUnknown,
     StripeFailed,
+    StripeKeyRejected,
     StripeRefused,
     TopUpInvalid,
 )
@@ -83,12 +86,16 @@ class Customers:
                 insert(BillingCustomerRow).values(organization_id=organization_id, email=email).on_conflict_do_nothing()
             )
             row = await session.get_one(BillingCustomerRow, organization_id)
-            if email is not None and row.email is None:
+            is_new_address = email is not None and row.email is None
+            if is_new_address:
                 row.email = email
             known, address = row.stripe_customer_id, row.email
         if known is not None:
+            if is_new_address and address is not None:
+                with _asking_stripe("set_address", organization_id):
+                    await self._api.set_address(known, address)
             return known
-        with _asking_stripe():
+        with _asking_stripe("customer_of", organization_id):
             made = await self._api.create_customer(
                 organization_id, organization.name, email=address, test_clock=self._test_clock
             )
@@ -131,7 +138,7 @@ class Customers:
             "metadata": metadata,
         }
         await self._close_earlier(organization_id)
-        with _asking_stripe():
+        with _asking_stripe("subscribe", organization_id):
             checkout = await self._api.create_checkout(params)
         await self._remember(organization_id, checkout.id)
         return checkout
@@ -155,14 +162,14 @@ class Customers:
             "cancel_url": pages.cancel_url,
             "metadata": metadata,
         }
-        with _asking_stripe():
+        with _asking_stripe("top_up", organization_id):
             return await self._api.create_checkout(params)
 
     async def portal(self, organization_id: OrganizationId, return_url: str) -> str:
         """Return the address of the page where cards, plan and invoices are. Errors: ReturnAddressInvalid."""
         check_url(return_url, "return_url")
         customer_id = await self.customer_of(organization_id)
-        with _asking_stripe():
+        with _asking_stripe("portal", organization_id):
             return await self._api.create_portal(customer_id, return_url)
 
     async def change_plan(self, organization_id: OrganizationId, plan_name: str) -> Subscription:
@@ -184,7 +191,7 @@ class Customers:
             items.append({"price": sold.usage_price})
         elif not plan.bills_usage and row.usage_item_id is not None:
             # What was used until now is billed; what comes is included.
-            await Exporter(self._database, self._api, self._clock).round(only=organization_id)
+            await self._report_all(organization_id)
             items.append({"id": row.usage_item_id, "deleted": True})
         is_dearer = plan.price_cents_per_month > row.price_cents_per_month
         params: dict[str, Any] = {
@@ -195,7 +202,7 @@ class Customers:
         if is_dearer:
             # An upgrade that is not paid is none.
             params["payment_behavior"] = "error_if_incomplete"
-        return await self._changed(row.id, params)
+        return await self._changed(organization_id, row.id, params)
 
     async def cancel(self, organization_id: OrganizationId, *, at_once: bool = False) -> Subscription:
         """End the subscription with its period, or *at_once* with an invoice for what was used by now.
@@ -206,10 +213,10 @@ class Customers:
             row = await _require_live(session, organization_id=organization_id)
             await request_flush(session, self._clock.now(), organization_id=organization_id)
         if not at_once:
-            return await self._changed(row.id, {"cancel_at_period_end": True})
-        await Exporter(self._database, self._api, self._clock).round(only=organization_id)
+            return await self._changed(organization_id, row.id, {"cancel_at_period_end": True})
+        await self._report_all(organization_id)
         read_at = await self._read_at()
-        with _asking_stripe():
+        async with self._if_live(organization_id, "cancel"):
             ended = await self._api.cancel_subscription(row.id)
         await self._applier.keep(ended, read_at)
         return ended
@@ -218,7 +225,7 @@ class Customers:
         """Take a cancellation back that has not happened yet. Errors: NotSubscribed."""
         async with self._database.transaction() as session:
             row = await _require_live(session, organization_id=organization_id)
-        return await self._changed(row.id, {"cancel_at_period_end": False})
+        return await self._changed(organization_id, row.id, {"cancel_at_period_end": False})
 
     async def set_automatic_top_up(
         self, organization_id: OrganizationId, *, below_cents: int | None, cents: int | None
@@ -228,7 +235,7 @@ class Customers:
         Errors: TopUpInvalid.
         """
         if (below_cents is None) != (cents is None):
-            raise TopUpInvalid(TOP_UP_CENTS_MIN, TOP_UP_CENTS_MAX)
+            raise AutomaticTopUpInvalid("below_cents" if below_cents is None else "amount_cents")
         if below_cents is not None and cents is not None:
             # One charge has to be enough: else the card would be charged again and again.
             least = max(TOP_UP_CENTS_MIN, below_cents)
@@ -242,12 +249,32 @@ class Customers:
                 .values(top_up_below_cents=below_cents, top_up_cents=cents)
             )
 
-    async def _changed(self, subscription_id: str, params: dict[str, Any]) -> Subscription:
+    async def _changed(
+        self, organization_id: OrganizationId, subscription_id: str, params: dict[str, Any]
+    ) -> Subscription:
         read_at = await self._read_at()
-        with _asking_stripe():
+        async with self._if_live(organization_id, "change"):
             changed = await self._api.update_subscription(subscription_id, params)  # type: ignore[arg-type]
         await self._applier.keep(changed, read_at)
         return changed
+
+    @asynccontextmanager
+    async def _if_live(self, organization_id: OrganizationId, act: str) -> AsyncGenerator[None]:
+        """Ask Stripe to change a subscription; one that is over is read. Errors: NotSubscribed."""
+        with _asking_stripe(act, organization_id):
+            try:
+                yield
+            except StripeRefused as error:
+                if not error.is_missing:
+                    raise
+                await self._applier.look_at_customers(organization_id)
+                raise NotSubscribed from error
+
+    async def _report_all(self, organization_id: OrganizationId) -> None:
+        """Tell Stripe of everything that was used until now. Errors: BillingUnavailable where it does not hear."""
+        done = await Exporter(self._database, self._api, self._clock).round(only=organization_id)
+        if done.problem is not None:
+            raise BillingUnavailable
 
     def _sold(self, plan_name: str) -> Plan:
         plan = self._plans().find(plan_name)
@@ -264,7 +291,7 @@ class Customers:
             earlier = row.checkout_id
         if earlier is None:
             return
-        with _asking_stripe():
+        with _asking_stripe("close_earlier", organization_id):
             try:
                 await self._api.close_checkout(earlier)
             except StripeRefused as error:
@@ -307,15 +334,18 @@ async def _require_live(session: AsyncSession, *, organization_id: OrganizationI
 
 
 @contextmanager
-def _asking_stripe() -> Generator[None]:
+def _asking_stripe(act: str, organization_id: OrganizationId) -> Generator[None]:
     """Turn Stripe's failures into what a customer may hear; the rest is for the log."""
     try:
         yield
     except StripeRefused as error:
         if error.status == 402:
             raise PaymentRefused from error
-        _log.error("stripe.refused", code=error.code, param=error.param)
-        raise BillingUnavailable from error
+        _log.error("stripe.refused", act=act, organization_id=organization_id, code=error.code, param=error.param)
+        raise BillingMisconfigured from error
+    except StripeKeyRejected as error:
+        _log.error("stripe.key_rejected", act=act, organization_id=organization_id)
+        raise BillingMisconfigured from error
     except StripeFailed as error:
-        _log.warning("stripe.failed", error=type(error).__name__)
+        _log.warning("stripe.failed", act=act, organization_id=organization_id, error=type(error).__name__)
         raise BillingUnavailable from error

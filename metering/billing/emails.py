@@ -15,7 +15,7 @@ from core.ids import OrganizationId, new_id
 from metering.billing.stripe_objects import Invoice, Subscription
 from metering.billing.tables import EmailRow
 
-EmailKind = Literal["payment_failed", "payment_recovered", "limit_near", "trial_ending"]
+EmailKind = Literal["payment_failed", "payment_recovered", "top_up_failed", "limit_near", "trial_ending"]
 
 
 async def note(
@@ -50,9 +50,14 @@ async def note_trial_end(session: AsyncSession, subscription: Subscription, *, o
     ends_at = subscription.trial_ends_at
     if subscription.status != "trialing" or ends_at is None:
         return
-    facts: dict[str, object] = {"plan": subscription.plan, "ends_at": ends_at.isoformat()}
+    facts: dict[str, object] = {"plan": subscription.plan or "", "ends_at": ends_at.isoformat()}
     reason = f"{subscription.id}:{int(ends_at.timestamp())}"
     await note(session, "trial_ending", reason, facts, organization_id=organization_id)
+
+
+async def note_top_up(session: AsyncSession, top_up_id: str, cents: int, *, organization_id: OrganizationId) -> None:
+    """Tell that credit could not be bought: the card was declined, or there is none."""
+    await note(session, "top_up_failed", top_up_id, {"cents": cents}, organization_id=organization_id)
 
 
 async def _was_noted(session: AsyncSession, invoice_id: str, *, organization_id: OrganizationId) -> bool:

@@ -10,8 +10,12 @@ StripeFailed              a call to Stripe did not do what it was for
 AppError
 ├── Unavailable
 │   ├── BillingUnavailable     Stripe cannot be reached
+│   ├── BillingMisconfigured   Stripe refuses what we ask
 │   └── BillingNotConfigured   the operator has set no Stripe key
+├── NotFound
+│   └── SubscriptionNotFound
 ├── Invalid
+│   ├── AutomaticTopUpInvalid
 │   ├── PlanUnknown
 │   ├── PlanNotForSale
 │   ├── ReturnAddressInvalid
@@ -25,7 +29,7 @@ AppError
 
 from __future__ import annotations
 
-from core.errors import Conflict, Invalid, PaymentRequired, Unavailable
+from core.errors import Conflict, Invalid, NotFound, PaymentRequired, Unavailable
 
 
 class StripeFailed(Exception):
@@ -90,6 +94,33 @@ class BillingNotConfigured(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("Billing is not set up on this gateway. Please ask its operator.")
+
+
+class BillingMisconfigured(Unavailable):
+    """Stripe refuses what we ask, and will again: an operator has to look. Trying again does not help."""
+
+    code = "billing_misconfigured"
+
+    def __init__(self) -> None:
+        super().__init__("Billing does not work on this gateway just now. Please ask its operator.")
+
+
+class SubscriptionNotFound(NotFound):
+    """The organization never had a subscription."""
+
+    code = "not_subscribed"
+
+    def __init__(self) -> None:
+        super().__init__("This organization has no subscription.")
+
+
+class AutomaticTopUpInvalid(Invalid):
+    """One of the two is missing."""
+
+    code = "automatic_top_up_invalid"
+
+    def __init__(self, param: str) -> None:
+        super().__init__("Give both 'below_cents' and 'amount_cents', or null for both.", param=param)
 
 
 class PlanUnknown(Invalid):

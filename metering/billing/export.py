@@ -62,7 +62,7 @@ class Exporter:
         """
         exported = Exported()
         async with self._database.transaction() as session:
-            exported.due = await count_due(session, self._clock.now())
+            exported.due = await count_due(session, self._clock.now(), only=only)
         is_streamed = exported.due > self._stream_above
         while exported.problem is None:
             async with self._database.transaction() as session:

@@ -10,8 +10,9 @@ from datetime import timedelta
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, String, and_, cast, func, literal, select
+from sqlalchemy import ColumnElement, String, and_, cast, exists, func, literal, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import aliased
 
 from core.database import Database
 from core.ids import OrganizationId
@@ -44,12 +45,23 @@ async def note_limits(database: Database) -> int:
 
 
 async def _note_allowances(session: AsyncSession) -> int:
-    event = AllowanceEventRow
+    # Both may be crossed by one call: only the higher one is news.
+    event, higher = AllowanceEventRow, aliased(AllowanceEventRow)
     reason = _reason("allowance", event.unit, event.starts_at, event.threshold_percent)
     rows = await session.execute(
         select(event, reason.label("reason"))
         .outerjoin(EmailRow, _is_told(event.organization_id, reason))
-        .where(event.threshold_percent.in_(_THRESHOLDS_PERCENT), _is_fresh(event.created_at), EmailRow.id.is_(None))
+        .where(
+            event.threshold_percent.in_(_THRESHOLDS_PERCENT),
+            _is_fresh(event.created_at),
+            EmailRow.id.is_(None),
+            ~exists().where(
+                higher.organization_id == event.organization_id,
+                higher.unit == event.unit,
+                higher.starts_at == event.starts_at,
+                higher.threshold_percent > event.threshold_percent,
+            ),
+        )
         .limit(_PAGE_EVENTS)
     )
     count = 0
@@ -66,13 +78,22 @@ async def _note_allowances(session: AsyncSession) -> int:
 
 
 async def _note_budgets(session: AsyncSession) -> int:
-    event, budget = BudgetEventRow, BudgetRow
+    event, higher, budget = BudgetEventRow, aliased(BudgetEventRow), BudgetRow
     reason = _reason("budget", event.budget_id, event.starts_at, event.threshold_percent)
     rows = await session.execute(
         select(event, budget.period, budget.is_hard, reason.label("reason"))
         .join(budget, and_(budget.id == event.budget_id, budget.scope == "organization"))
         .outerjoin(EmailRow, _is_told(event.organization_id, reason))
-        .where(event.threshold_percent.in_(_THRESHOLDS_PERCENT), _is_fresh(event.created_at), EmailRow.id.is_(None))
+        .where(
+            event.threshold_percent.in_(_THRESHOLDS_PERCENT),
+            _is_fresh(event.created_at),
+            EmailRow.id.is_(None),
+            ~exists().where(
+                higher.budget_id == event.budget_id,
+                higher.starts_at == event.starts_at,
+                higher.threshold_percent > event.threshold_percent,
+            ),
+        )
         .limit(_PAGE_EVENTS)
     )
     count = 0

@@ -39,6 +39,12 @@ class InvoiceFacts(msgspec.Struct, frozen=True, kw_only=True):
     page_url: str | None = None
 
 
+class TopUpFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Of credit that could not be bought, in cents of US dollars."""
+
+    cents: int
+
+
 class TrialFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Of a trial that ends."""
 
@@ -98,10 +104,20 @@ def _payment_recovered(facts: InvoiceFacts, organization: str) -> Text:
     )
 
 
+def _top_up_failed(facts: TopUpFacts, organization: str) -> Text:
+    return Text(
+        f"Credit for {organization} could not be bought",
+        f"credit is low, and the automatic payment of {_money(facts.cents, 'usd')} did not go through. It is tried\n"
+        "again in a day. Please see to it that the payment method is in order, or buy credit yourself: without any,\n"
+        f"requests of {organization} are refused.",
+    )
+
+
 def _trial_ending(facts: TrialFacts, organization: str) -> Text:
+    plan = f'the plan "{one_line(facts.plan)}"' if facts.plan else "your plan"
     return Text(
         f"The trial of {organization} ends on {_day(facts.ends_at)}",
-        f'the trial of the plan "{one_line(facts.plan)}" ends on {_time(facts.ends_at)}. The plan is charged from\n'
+        f"the trial of {plan} ends on {_time(facts.ends_at)}. The plan is charged from\n"
         "then on, unless it is cancelled before.",
     )
 
@@ -137,6 +153,7 @@ def _budget(facts: BudgetFacts, organization: str) -> Text:
 _TEXTS: Final[dict[str, tuple[Any, Callable[[Any, str], Text]]]] = {
     "payment_failed": (InvoiceFacts, _payment_failed),
     "payment_recovered": (InvoiceFacts, _payment_recovered),
+    "top_up_failed": (TopUpFacts, _top_up_failed),
     "trial_ending": (TrialFacts, _trial_ending),
     "limit_near": (AllowanceFacts | BudgetFacts, _limit_near),
 }

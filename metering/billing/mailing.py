@@ -110,19 +110,21 @@ async def _note_sent(database: Database, due: DueMail) -> None:
     async with database.transaction() as session:
         values = {"state": "sent", "sent_at": func.clock_timestamp(), "problem": None}
         await session.execute(update(EmailRow).where(EmailRow.id == due.id).values(values))
-    _log.info("mail.sent", mail_id=due.id, kind=due.kind, organization_id=due.organization_id)
+    _log.info("mail.done", mail_id=due.id, kind=due.kind, organization_id=due.organization_id)
 
 
 async def _note_failure(database: Database, due: DueMail, error: MailFailed) -> None:
     """Try a mail again later, or give it up: at once where no try can help, else after ATTEMPTS_MAX."""
     is_given_up = error.is_final or due.attempts >= ATTEMPTS_MAX
+    # That nobody has said where an organization's mails go is no failure of ours (`aap orgs set-email`).
+    is_unaddressed = not due.address
     pause = min(_RETRY_MIN * 2 ** min(due.attempts - 1, 16), _RETRY_MAX)
     async with database.transaction() as session:
         due_at = await _database_now(session) + pause
         values = {"state": "dead" if is_given_up else "new", "due_at": due_at, "problem": str(error)[:500]}
         await session.execute(update(EmailRow).where(EmailRow.id == due.id, EmailRow.state == "new").values(values))
-    log = _log.error if is_given_up else _log.warning
-    event = "mail.given_up" if is_given_up else "mail.delayed"
+    log = _log.error if is_given_up and not is_unaddressed else _log.warning
+    event = "mail.unaddressed" if is_unaddressed else "mail.given_up" if is_given_up else "mail.delayed"
     log(event, mail_id=due.id, kind=due.kind, organization_id=due.organization_id, problem=str(error)[:500])
 
 

@@ -93,9 +93,11 @@ async def claim(
     return [(OrganizationId(organization_id), meter) for organization_id, meter in rows]
 
 
-async def count_due(session: AsyncSession, now: datetime) -> int:
-    """Return how many cursors wait for their turn."""
+async def count_due(session: AsyncSession, now: datetime, *, only: OrganizationId | None = None) -> int:
+    """Return how many cursors (of one organization) wait for their turn."""
     statement = select(func.count()).where(MeterCursorRow.next_at <= now, MeterCursorRow.parked_for.is_(None))
+    if only is not None:
+        statement = statement.where(MeterCursorRow.organization_id == only)
     return await session.scalar(statement) or 0
 
 

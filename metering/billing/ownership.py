@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
@@ -53,4 +54,13 @@ async def keep_address(session: AsyncSession, customer_id: str, email: str) -> N
         update(BillingCustomerRow)
         .where(BillingCustomerRow.stripe_customer_id == customer_id, BillingCustomerRow.email.is_(None))
         .values(email=email)
+    )
+
+
+async def set_address(session: AsyncSession, email: str, *, organization_id: OrganizationId) -> None:
+    """Say where an organization's mails go, whatever was said before."""
+    await session.execute(
+        insert(BillingCustomerRow)
+        .values(organization_id=organization_id, email=email)
+        .on_conflict_do_update(index_elements=[BillingCustomerRow.organization_id], set_={"email": email})
     )

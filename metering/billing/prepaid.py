@@ -100,10 +100,10 @@ async def _end_top_up(
         update(TopUpRow)
         .where(TopUpRow.organization_id == organization_id, TopUpRow.id == top_up_id, TopUpRow.state == "open")
         .values(state=state, payment_intent_id=payment.id, ended_at=now)
-        .returning(TopUpRow.id)
+        .returning(TopUpRow.cents)
     )
     if ended is not None and state == "failed":
-        await emails.note(session, "payment_failed", top_up_id, {"top_up": top_up_id}, organization_id=organization_id)
+        await emails.note_top_up(session, top_up_id, ended, organization_id=organization_id)
 
 
 async def left(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> int:

@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
+from metering.billing import marks
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.errors import StripeRefused
 from metering.billing.moving import FINAL, move_unbilled
@@ -38,6 +39,8 @@ REPAIRS_MAX: Final = 3
 _COUNTED: Final = ("acked", "unknown", "checked")
 _OPEN: Final = ("new", "sent")
 _IN_DOUBT: Final = ("waiting", "suspect", "repaired")
+RECONCILED_MARK: Final = "reconciled"
+"""When everybody was last compared to the end."""
 _log = structlog.get_logger(__name__)
 
 
@@ -104,7 +107,10 @@ class Reconciler:
                 found.refused += 1
                 _log.warning("stripe.refused", kind="customer", id=customer_id, code=error.code)
         async with self._database.transaction() as session:
-            found.moved = await move_unbilled(session, self._clock.now(), only=only)
+            if may_repair:
+                found.moved = await move_unbilled(session, self._clock.now(), only=only)
+            if only is None and not is_doubt_only:
+                await marks.set_moment(session, RECONCILED_MARK, self._clock.now())
         return found
 
     async def _compare(self, asked: _Asked, since: datetime | None, found: Reconciled, *, may_repair: bool) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from keys import tenants
-from keys.errors import SUSPENSION_REASONS
+from keys.errors import BILLING_PREFIX
 from metering.billing.plans import Plans
 from metering.billing.tables import SubscriptionRow
 
@@ -26,8 +26,12 @@ PAYING: Final = frozenset({"active", "past_due"})
 """What recurs counts as revenue."""
 # Whichever comes first says what holds where there are several: an unpaid one takes nothing from one that is paid.
 _ORDER: Final = ("active", "trialing", "past_due", "unpaid", "paused")
-_REASONS: Final = {"past_due": "payment_failed", "unpaid": "payment_failed", "paused": "subscription_paused"}
-_ENDED_FOR: Final = "subscription_ended"
+_REASONS: Final = {
+    "past_due": f"{BILLING_PREFIX}payment_failed",
+    "unpaid": f"{BILLING_PREFIX}payment_failed",
+    "paused": f"{BILLING_PREFIX}subscription_paused",
+}
+_ENDED_FOR: Final = f"{BILLING_PREFIX}subscription_ended"
 
 
 class Standing(NamedTuple):
@@ -67,6 +71,9 @@ async def settle_standing(
 
     Gateways read of it within two seconds (`keys/revocation.py`). Running calls finish, and are metered.
     """
+    if not plans.by_name:
+        # No plans, or a file that could not be read: nothing follows from what is not there.
+        return False
     rows = await session.scalars(select(SubscriptionRow).where(SubscriptionRow.organization_id == organization_id))
     standing = standing_of(list(rows), plans, now)
     organization = await tenants.get_organization(session, organization_id=organization_id)
@@ -74,7 +81,7 @@ async def settle_standing(
     if standing.plan is not None and standing.plan != organization.plan:
         await tenants.set_plan(session, standing.plan, organization_id=organization_id)
         has_changed = True
-    is_ours = organization.status == "active" or organization.status_reason in SUSPENSION_REASONS
+    is_ours = organization.status == "active" or (organization.status_reason or "").startswith(BILLING_PREFIX)
     wanted = "active" if standing.suspended_for is None else "suspended"
     if is_ours and (wanted, standing.suspended_for) != (organization.status, organization.status_reason):
         await tenants.set_status(session, wanted, standing.suspended_for, organization_id=organization_id)

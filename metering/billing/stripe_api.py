@@ -121,6 +121,10 @@ class StripeApi:
         # No key of ours: a 500 that Stripe saved under it would be the answer for a day. One too many harms nobody.
         return (await self._read(lambda: self._client.v1.customers.create_async(params)))["id"]
 
+    async def set_address(self, customer_id: str, email: str) -> None:
+        """Say where a customer's mails go."""
+        await self._call(lambda: self._client.v1.customers.update_async(customer_id, {"email": email}))
+
     async def payment_method_of(self, customer_id: str) -> str | None:
         """Return the customer's default card, or else the one that was kept last: a checkout makes none the default."""
         found = await self._read(lambda: self._client.v1.customers.retrieve_async(customer_id))

@@ -347,7 +347,7 @@ class EmailRow(Table):
     id: Mapped[str] = mapped_column(_ID, primary_key=True)
     organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"))
     kind: Mapped[str] = mapped_column(_WORD)
-    """payment_failed | payment_recovered | limit_near | trial_ending"""
+    """payment_failed | payment_recovered | top_up_failed | limit_near | trial_ending"""
     reason: Mapped[str] = mapped_column(_STRIPE_ID)
     facts: Mapped[dict[str, object]] = mapped_column(JSONB)
     """What the text is filled in with."""

@@ -146,4 +146,4 @@ class TopUps:
                 .values(state="failed", problem=problem, ended_at=self._clock.now())
             )
             organization_id = OrganizationId(row.organization_id)
-            await emails.note(session, "payment_failed", row.id, {"top_up": row.id}, organization_id=organization_id)
+            await emails.note_top_up(session, row.id, row.cents, organization_id=organization_id)

@@ -28,7 +28,7 @@ from metering.billing.tables import (
     WalletPostingRow,
     WalletTransferRow,
 )
-from metering.billing.windows import hour_of
+from metering.billing.windows import hour_of, minute_of
 from metering.tables import SpendWindowRow
 
 _INVOICES_SHOWN: Final = timedelta(days=100)
@@ -133,7 +133,7 @@ class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PresentCharge(msgspec.Struct, frozen=True, kw_only=True):
-    """What was charged in a period so far, from the hour in which it began."""
+    """What was charged in a period so far."""
 
     charge_usd: str
     starts_at: datetime
@@ -257,14 +257,21 @@ async def present_charge(session: AsyncSession, now: datetime, *, organization_i
     starts_at, ends_at = period_bounds("month", now)
     if row is not None and row.period_starts_at <= now:
         starts_at, ends_at = row.period_starts_at, row.period_ends_at
+    first, own = hour_of(starts_at), SpendWindowRow.organization_id == organization_id
+    charge = func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)
     total = await session.scalar(
-        select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
-            SpendWindowRow.organization_id == organization_id,
-            SpendWindowRow.seconds == 3600,
-            SpendWindowRow.starts_at >= hour_of(starts_at),
+        select(charge).where(own, SpendWindowRow.seconds == 3600, SpendWindowRow.starts_at >= first)
+    )
+    # What came before, in the hour in which the period began; its minutes are kept for a week.
+    before = await session.scalar(
+        select(charge).where(
+            own,
+            SpendWindowRow.seconds == 60,
+            SpendWindowRow.starts_at >= first,
+            SpendWindowRow.starts_at < minute_of(starts_at),
         )
     )
-    return PresentCharge(charge_usd=usd_text(int(total or 0)), starts_at=starts_at, ends_at=ends_at)
+    return PresentCharge(charge_usd=usd_text(int(total or 0) - int(before or 0)), starts_at=starts_at, ends_at=ends_at)
 
 
 async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100) -> ReconciliationView:
@@ -297,7 +304,7 @@ async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100)
     return ReconciliationView(
         agrees=not (differences or invoices or parked or uncollected or is_stuck or events.get("dead")),
         is_stuck=is_stuck,
-        reconciled_at=await marks.moment(session, "turn:reconcile"),
+        reconciled_at=await marks.moment(session, "reconciled"),
         reports=reports,
         oldest_open_at=oldest,
         events=events,

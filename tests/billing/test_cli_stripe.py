@@ -41,6 +41,7 @@ def aap(twin: TwinServer, books_url: str, stores: TestStores, tmp_path: Path) ->
 
 
 async def test_sync_shows_what_it_would_do_asks_and_does_it_once(aap: Cli) -> None:
+    assert "--yes or --dry-run" in (await aap("stripe", "sync", "--json")).json_error()
     planned = (await aap("stripe", "sync", "--dry-run", "--json")).json()
     assert {one["act"] for one in planned} == {"create"}
     shown = await aap("stripe", "sync", stdin="n\n")
@@ -112,20 +113,24 @@ async def test_credit_is_given_once_for_a_reference(aap: Cli) -> None:
         done = (await aap("wallet", "add", organization, "12.50", "--reference", "GOODWILL-7", "--json")).json()
         assert done == {"is_new": is_new, "available_usd": "12.5"}
     assert "12.5 US dollars left" in (await aap("wallet", "show", organization)).out
-    taken = (await aap("wallet", "add", organization, "--reference", "BACK", "--json", "--", "-2.50")).json()
-    assert taken["available_usd"] == "10"
+    assert (
+        "2.50 US dollars taken: 10 left" in (await aap("wallet", "add", organization, "-2.50", "--reference", "B")).out
+    )
+    addressed = (await aap("orgs", "set-email", organization, "office@acme.example", "--json")).json()
+    assert addressed == {"organization_id": organization, "email": "office@acme.example"}
+    assert (await aap("orgs", "set-email", organization, "nobody", "--json")).json_error()
     for wrong in ("0", "0.001", "much"):
         assert (await aap("wallet", "add", organization, wrong, "--reference", "x", "--json")).json_error()
 
 
-@pytest.mark.parametrize("act", [("sync",), ("export",), ("reconcile",)])
+@pytest.mark.parametrize("act", [("sync", "--yes"), ("export",), ("reconcile",)])
 async def test_without_a_key_says_so(aap: Cli, act: tuple[str, ...]) -> None:
     assert "STRIPE_API_KEY is not set" in (await aap("stripe", *act, "--json", STRIPE_API_KEY="")).json_error()
 
 
 async def test_with_stripe_down_says_so(aap: Cli) -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
-    assert "StripeNotReached" in (await aap("stripe", "sync", "--json", AAP_STRIPE_URL=nowhere)).json_error()
+    assert "StripeNotReached" in (await aap("stripe", "sync", "--yes", "--json", AAP_STRIPE_URL=nowhere)).json_error()
 
 
 @pytest.mark.parametrize(

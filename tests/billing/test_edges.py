@@ -7,14 +7,16 @@ import time
 import tomllib
 from datetime import timedelta
 
+import msgspec
 import pytest
 
 from keys import tenants
-from metering.billing import inbox, marks, prepaid, views
+from metering.billing import emails, inbox, marks, prepaid, views
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.export import Exported
+from metering.billing.mail_texts import text_of
 from metering.billing.outbox import claim
-from metering.billing.plans import EXAMPLE, build_plans
+from metering.billing.plans import EXAMPLE, Plans, build_plans
 from metering.billing.prepaid import Credit
 from metering.billing.reconcile import Reconciled
 from metering.billing.stripe_api import is_signed
@@ -281,7 +283,45 @@ async def test_a_declined_automatic_top_up_is_told(place: BillingPlace) -> None:
     await place.customers.set_automatic_top_up(org, below_cents=300, cents=2_000)
     await place.top_ups.round()
     await place.hear()
-    assert await place.rows("SELECT kind FROM emails") == [("payment_failed",)]
+    assert await place.rows("SELECT kind FROM emails") == [("top_up_failed",)]
+
+
+async def test_every_mail_that_is_written_down_has_a_text(place: BillingPlace) -> None:
+    """Guarantee: what is noted of a failure can be read by those who send it."""
+    org = await place.subscriber()
+    async with place.database.transaction() as session:
+        subscription = await place.api.get_subscription(await _subscription_of(place, org))
+        trial = msgspec.structs.replace(subscription, status="trialing", trial_ends_at=place.clock.now(), plan=None)
+        await emails.note_trial_end(session, trial, organization_id=org)
+        await emails.note_top_up(session, "topup_1", 500, organization_id=org)
+        invoice = (await place.api.list_invoices(await place.customer_of(org), place.clock.now() - timedelta(days=1)))[
+            0
+        ]
+        for status in ("open", "paid"):
+            changed = msgspec.structs.replace(invoice, status=status, attempts=1)
+            await emails.note_invoice(session, changed, organization_id=org)
+    rows = await place.rows("SELECT kind, facts FROM emails")
+    assert {kind for kind, _ in rows} == {"trial_ending", "top_up_failed", "payment_failed", "payment_recovered"}
+    assert all(text_of(str(kind), facts, "Acme").body for kind, facts in rows)
+
+
+async def test_without_plans_nobody_is_suspended(place: BillingPlace) -> None:
+    """Guarantee: a file that is not there, or is faulty at a worker's start, takes nothing from anybody."""
+    org = await place.subscriber()
+    place.plans = Plans()
+    await place.api.cancel_subscription(await _subscription_of(place, org))
+    await place.hear()
+    assert await place.rows("SELECT plan, status FROM organizations WHERE id = :org", org=org) == [("pro", "active")]
+
+
+async def test_what_an_operator_suspended_stays_so_whatever_the_reason(place: BillingPlace) -> None:
+    org = await place.subscriber()
+    async with place.database.transaction() as session:
+        await tenants.set_status(session, "suspended", "payment_failed", organization_id=org)
+    place.pass_time(days=32)
+    await place.hear()
+    await place.applier.look_at_customers()
+    assert await place.rows("SELECT status FROM organizations WHERE id = :org", org=org) == [("suspended",)]
 
 
 async def test_a_trial_is_given_once(place: BillingPlace) -> None:

@@ -22,6 +22,7 @@ from core.settings import StripeSettings
 from metering.billing.export import Exported, Exporter
 from metering.billing.stripe_api import StripeApi
 from tests.harness.billing import empty
+from tests.harness.eventually import eventually
 
 _IS_FULL = os.environ.get("AAP_TEST_SCALE") == "full"
 _ORGANIZATIONS = 400 if _IS_FULL else 20
@@ -67,18 +68,19 @@ async def _twin(port: int) -> AsyncGenerator[str]:
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        async with asyncio.timeout(20), httpx.AsyncClient() as client:
-            while True:
-                try:
-                    await client.get(f"{url}/_twin/journal")
-                    break
-                except httpx.TransportError:
-                    assert process.returncode is None
-                    await asyncio.sleep(0.05)
+        async with httpx.AsyncClient() as client:
+            await eventually(lambda: _answers(client, f"{url}/_twin/journal"), 20)
         yield url
     finally:
         process.terminate()
         await process.wait()
+
+
+async def _answers(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).is_success
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.parametrize("is_streamed", [True, False], ids=["streamed", "one by one"])

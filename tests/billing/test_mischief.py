@@ -115,9 +115,9 @@ async def _theirs(place: BillingPlace, organization_id: OrganizationId) -> tuple
     licensed = next(item for item in one["items"]["data"] if item["price"]["recurring"]["usage_type"] == "licensed")
     plan = licensed["price"]["metadata"]["aap_plan"]
     if one["status"] == "unpaid":
-        return (plan, "suspended", "payment_failed")
+        return (plan, "suspended", "billing:payment_failed")
     if one["status"] == "past_due":
         since = await place.rows("SELECT past_due_since FROM subscriptions WHERE id = :id", id=one["id"])
         if (place.clock.now() - since[0][0]).days >= place.plans.billing.grace_days:
-            return (plan, "suspended", "payment_failed")
+            return (plan, "suspended", "billing:payment_failed")
     return (plan, "active", None)

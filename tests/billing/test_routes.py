@@ -193,6 +193,8 @@ class TestWhatIsWrong:
             ("wallet/top_ups", {"amount_cents": 1, **_URLS}, "amount_cents"),
             ("wallet/top_ups", {"amount_cents": 10.5, **_URLS}, "amount_cents"),
             ("wallet/automatic_top_up", {"below_cents": 1, "amount_cents": None}, "amount_cents"),
+            ("wallet/automatic_top_up", {"below_cents": None, "amount_cents": 1_000}, "below_cents"),
+            ("wallet/automatic_top_up", {"below_cents": 6_000, "amount_cents": 5_000}, "amount_cents"),
         ],
     )
     async def test_is_named(self, office: Office, act: str, body: dict[str, object], param: str) -> None:
@@ -211,7 +213,9 @@ class TestWhatIsWrong:
 
 async def test_a_suspended_organization_can_still_pay(office: Office) -> None:
     async with office.place.database.transaction() as session:
-        query = "UPDATE organizations SET status = 'suspended', status_reason = 'payment_failed' WHERE id = :org"
+        query = (
+            "UPDATE organizations SET status = 'suspended', status_reason = 'billing:payment_failed' WHERE id = :org"
+        )
         await session.execute(text(query), {"org": office.organization_id})
     assert (await office.post("portal", {"return_url": "https://a.example/"})).status_code == 200
     assert (await office.get("plan")).json()["status"] == "suspended"

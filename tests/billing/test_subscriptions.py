@@ -168,7 +168,7 @@ class TestAFailedPayment:
         assert await _standing(place, organization_id) == ("pro", "active", None)
         place.clock.advance(timedelta(days=7))
         await place.applier.look_at_overdue()
-        assert await _standing(place, organization_id) == ("pro", "suspended", "payment_failed")
+        assert await _standing(place, organization_id) == ("pro", "suspended", "billing:payment_failed")
 
     async def test_that_is_made_good_lets_everything_go_on(self, place: BillingPlace) -> None:
         organization_id = await place.subscriber()

@@ -169,8 +169,9 @@ class TestSending:
         with capture_logs() as logs:
             assert await office.send() == 1
         assert await office.rows() == [("dead", 1), ("sent", 1)]
-        given_up = [log for log in logs if log["event"] == "mail.unaddressed"]
-        assert [log["log_level"] for log in given_up] == ["warning"]
+        given_up = [log for log in logs if log["event"] in {"mail.unaddressed", "mail.given_up"}]
+        expected = "error" if email else "warning"
+        assert [log["log_level"] for log in given_up] == [expected]
         assert "address" in given_up[0]["problem"]
 
     async def test_an_organization_that_has_no_account_for_billing_has_no_address(self, office: Office) -> None:

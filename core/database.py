@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Final, TypeVar
 
 import asyncpg
@@ -31,6 +32,11 @@ class Table(DeclarativeBase):
     """The base of every typed row."""
 
     metadata = MetaData(naming_convention=_NAMING)
+
+
+async def database_now(session: AsyncSession) -> datetime:
+    """Return the time by PostgreSQL's clock, which all processes share; not when the transaction began."""
+    return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
 
 
 class Database:

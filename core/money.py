@@ -9,6 +9,7 @@ from typing import Final, NewType
 NanoUsd = NewType("NanoUsd", int)
 
 NANO_USD_PER_USD: Final = 1_000_000_000
+NANO_USD_PER_CENT: Final = 10_000_000
 _AMOUNT: Final = re.compile(r"-?\d{1,12}(?:\.\d{1,9})?", re.ASCII)
 # A second or a picture costs so little that nine decimals are too few: a rate holds fifteen.
 _EACH: Final = re.compile(r"\d{1,6}(?:\.\d{1,15})?", re.ASCII)

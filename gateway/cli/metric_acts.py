@@ -8,12 +8,11 @@ from typing import Final
 import msgspec
 
 from core.clock import SystemClock
-from core.money import usd_text
+from core.money import NANO_USD_PER_CENT, usd_text
 from gateway.cli.stores import Stores, on_stores
 from metering.billing.metrics import DailyMetrics, compute, list_metrics
 
 _STATEMENT_SECONDS_MAX: Final = 600.0
-_NANO_USD_PER_CENT: Final = 10_000_000
 
 
 class MetricsRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +77,7 @@ def metrics_row(day: DailyMetrics) -> MetricsRow:
 
 
 def _dollars(cents: int) -> str:
-    return usd_text(cents * _NANO_USD_PER_CENT)
+    return usd_text(cents * NANO_USD_PER_CENT)
 
 
 def _percent(basis_points: int | None) -> str | None:

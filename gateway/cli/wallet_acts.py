@@ -8,12 +8,12 @@ import msgspec
 
 from core.clock import SystemClock
 from core.ids import OrganizationId
-from core.money import parse_usd, usd_text
+from core.money import NANO_USD_PER_CENT, parse_usd, usd_text
 from gateway.cli.common import fail
 from gateway.cli.stores import Stores, on_stores
 from keys.lookup import require_organization
 from metering.billing import prepaid, views
-from metering.billing.prepaid import NANO_USD_PER_CENT, Credit
+from metering.billing.prepaid import Credit
 
 _SHOWN = 50
 

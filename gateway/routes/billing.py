@@ -27,7 +27,6 @@ from gateway.routes.billing_forms import (
     TopUpForm,
     UsageObject,
     WalletObject,
-    changed_subscription,
     invoice_object,
     subscription_object,
     wallet_object,
@@ -43,6 +42,7 @@ from metering.billing import views
 from metering.billing.errors import BillingNotConfigured, SubscriptionNotFound
 from metering.billing.plans import Plan
 from metering.billing.returning import ReturnPages
+from metering.billing.stripe_objects import Subscription
 
 if TYPE_CHECKING:
     # Loaded where Stripe is configured, and nowhere else: see `gateway/billing_parts.py`.
@@ -100,7 +100,7 @@ async def change_plan(data: PlanForm, principal: Principal, runtime: Runtime) ->
     """Change the subscription to another plan, now. The rest of the period is settled to the day."""
     principal.require_scope(_SCOPE)
     customers = _customers(runtime)
-    return changed_subscription(await customers.change_plan(principal.organization_id, data.plan))
+    return _changed(await customers.change_plan(principal.organization_id, data.plan), runtime)
 
 
 @post(
@@ -116,7 +116,7 @@ async def cancel_subscription(
     principal.require_scope(_SCOPE)
     customers = _customers(runtime)
     at_once = data is not None and data.at_once
-    return changed_subscription(await customers.cancel(principal.organization_id, at_once=at_once))
+    return _changed(await customers.cancel(principal.organization_id, at_once=at_once), runtime)
 
 
 @post(
@@ -128,7 +128,7 @@ async def cancel_subscription(
 async def resume_subscription(principal: Principal, runtime: Runtime) -> SubscriptionObject:
     """Take back a cancellation that has not happened yet."""
     principal.require_scope(_SCOPE)
-    return changed_subscription(await _customers(runtime).resume(principal.organization_id))
+    return _changed(await _customers(runtime).resume(principal.organization_id), runtime)
 
 
 @post("/v1/billing/checkout", status_code=HTTP_200_OK, summary="Buy a plan", operation_id="create_billing_checkout")
@@ -234,6 +234,10 @@ async def _wallet(principal: Principal, runtime: Runtime) -> WalletObject:
             session, _TRANSFERS_SHOWN, runtime.clock.now(), organization_id=principal.organization_id
         )
     return wallet_object(found)
+
+
+def _changed(subscription: Subscription, runtime: Runtime) -> SubscriptionObject:
+    return subscription_object(views.view_of(subscription, runtime.clock.now()))
 
 
 def _customers(runtime: Runtime) -> Customers:

@@ -9,7 +9,6 @@ from msgspec import Meta, Struct
 
 from core.money import usd_text
 from keys.plans import PlanLimits
-from metering.billing.stripe_objects import Subscription
 from metering.billing.views import InvoiceView, SubscriptionView, WalletView
 
 Url = Annotated[str, Meta(max_length=2_000, description="An http:// or https:// address.")]
@@ -191,22 +190,6 @@ def subscription_object(view: SubscriptionView) -> SubscriptionObject:
         trial_end=_seconds_or_none(view.trial_end),
         cancel_at=_seconds_or_none(view.cancel_at),
         ended_at=_seconds_or_none(view.ended_at),
-    )
-
-
-def changed_subscription(subscription: Subscription) -> SubscriptionObject:
-    """Return a subscription as Stripe has just described it."""
-    return SubscriptionObject(
-        id=subscription.id,
-        plan=subscription.plan,
-        status=subscription.status,
-        price_cents_per_month=subscription.price_cents_per_month,
-        bills_usage=bool(subscription.metered),
-        current_period_start=_seconds(subscription.period_starts_at),
-        current_period_end=_seconds(subscription.period_ends_at),
-        trial_end=_seconds_or_none(subscription.trial_ends_at),
-        cancel_at=_seconds_or_none(subscription.cancel_at),
-        ended_at=_seconds_or_none(subscription.ended_at),
     )
 
 

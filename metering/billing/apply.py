@@ -13,10 +13,10 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 
 from core.clock import Clock
-from core.database import Database
+from core.database import Database, database_now
 from core.ids import OrganizationId
 from metering.billing import emails, inbox, marks, prepaid
 from metering.billing.errors import StripeFailed, StripeRefused
@@ -264,7 +264,7 @@ class Applier:
 
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:
-            return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+            return await database_now(session)
 
 
 @contextmanager

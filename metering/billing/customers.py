@@ -12,12 +12,12 @@ from datetime import datetime
 from typing import Any, Final
 
 import structlog
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.clock import Clock
-from core.database import Database
+from core.database import Database, database_now
 from core.ids import OrganizationId
 from keys import tenants
 from metering.billing import catalog
@@ -308,7 +308,7 @@ class Customers:
 
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:
-            return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()
+            return await database_now(session)
 
 
 async def _live(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionRow | None:

@@ -9,15 +9,15 @@ sends it again for three days; what was missed for longer is found by `catch_up`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.database import Database
+from core.database import Database, database_now
 from core.errors import Invalid
 from metering.billing.stripe_objects import Event, read_event
 from metering.billing.tables import StripeEventRow
@@ -132,7 +132,7 @@ async def claim(session: AsyncSession, lease: timedelta) -> StripeEventRow | Non
     if row is None:
         return None
     row.attempts += 1
-    row.due_at = await _database_now(session) + lease
+    row.due_at = await database_now(session) + lease
     return row
 
 
@@ -157,7 +157,7 @@ async def fail(session: AsyncSession, event_id: str, problem: str, *, is_stripes
         row.attempts -= 1
     pause = min(timedelta(seconds=2.0 ** min(row.attempts, 16)), _RETRY_MAX)
     row.problem = problem[:500]
-    row.due_at = await _database_now(session) + pause
+    row.due_at = await database_now(session) + pause
     is_given_up = row.attempts >= ATTEMPTS_MAX
     if is_given_up:
         row.state = "dead"
@@ -173,7 +173,3 @@ async def replay(session: AsyncSession, event_id: str | None = None) -> int:
         statement.values(state="new", attempts=0, due_at=func.now()).returning(StripeEventRow.id)
     )
     return len(rows.all())
-
-
-async def _database_now(session: AsyncSession) -> datetime:
-    return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()

@@ -16,7 +16,7 @@ from sqlalchemy.orm import aliased
 
 from core.database import Database
 from core.ids import OrganizationId
-from core.money import usd_text
+from core.money import NANO_USD_PER_CENT, usd_text
 from keys.allowances import month_of
 from keys.tables import BudgetRow
 from metering.billing import emails
@@ -28,7 +28,6 @@ _THRESHOLDS_PERCENT: Final = (80, 100)
 _FRESH: Final = timedelta(days=2)
 """Older thresholds are no news: nobody wants those from before mails were sent."""
 _PAGE_EVENTS: Final = 500
-_NANO_USD_PER_CENT: Final = 10_000_000
 
 
 async def note_limits(database: Database) -> int:
@@ -118,8 +117,8 @@ async def _note(
 
 def _whole_cents(spent_nano_usd: int, limit_nano_usd: int) -> str:
     """Return what was spent, in US dollars, without parts of a cent, unless the budget is less than that."""
-    if limit_nano_usd >= _NANO_USD_PER_CENT:
-        spent_nano_usd -= spent_nano_usd % _NANO_USD_PER_CENT
+    if limit_nano_usd >= NANO_USD_PER_CENT:
+        spent_nano_usd -= spent_nano_usd % NANO_USD_PER_CENT
     return usd_text(spent_nano_usd)
 
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.database import Database
+from core.database import Database, database_now
 from core.mail import Mail, Mailer, MailFailed
 from keys.tables import OrganizationRow
 from metering.billing.mail_texts import FactsUnreadable, text_of
@@ -76,7 +76,7 @@ async def claim(session: AsyncSession) -> DueMail | None:
     if row is None:
         return None
     row.attempts += 1
-    row.due_at = await _database_now(session) + _LEASE
+    row.due_at = await database_now(session) + _LEASE
     statement = (
         select(OrganizationRow.name, BillingCustomerRow.email)
         .outerjoin(BillingCustomerRow, BillingCustomerRow.organization_id == OrganizationRow.id)
@@ -120,13 +120,9 @@ async def _note_failure(database: Database, due: DueMail, error: MailFailed) -> 
     is_unaddressed = not due.address
     pause = min(_RETRY_MIN * 2 ** min(due.attempts - 1, 16), _RETRY_MAX)
     async with database.transaction() as session:
-        due_at = await _database_now(session) + pause
+        due_at = await database_now(session) + pause
         values = {"state": "dead" if is_given_up else "new", "due_at": due_at, "problem": str(error)[:500]}
         await session.execute(update(EmailRow).where(EmailRow.id == due.id, EmailRow.state == "new").values(values))
     log = _log.error if is_given_up and not is_unaddressed else _log.warning
     event = "mail.unaddressed" if is_unaddressed else "mail.given_up" if is_given_up else "mail.delayed"
     log(event, mail_id=due.id, kind=due.kind, organization_id=due.organization_id, problem=str(error)[:500])
-
-
-async def _database_now(session: AsyncSession) -> datetime:
-    return (await session.execute(text("SELECT clock_timestamp()"))).scalar_one()

@@ -17,6 +17,7 @@ from metering.billing.ownership import lock_account
 from metering.billing.planning import plan_reports
 from metering.billing.stripe_objects import MeterEvent
 from metering.billing.tables import (
+    OPEN_STATES,
     BillingPeriodRow,
     InvoiceRow,
     MeterCursorRow,
@@ -29,7 +30,6 @@ RESEND_MAX: Final = timedelta(hours=23)
 """Stripe knows an identifier for 24 hours at least: an hour is left for clocks that differ and what is on its way."""
 LEASE: Final = timedelta(minutes=2)
 REPORTS_AT_ONCE: Final = 100
-_OPEN: Final = ("new", "sent")
 _BACK_OFF_MAX: Final = timedelta(minutes=5)
 _SPREAD_SECONDS: Final = 180
 _DRAFT_TURNS: Final = timedelta(minutes=3)
@@ -124,7 +124,7 @@ async def prepare(
     rows = list(
         await session.scalars(
             select(MeterReportRow)
-            .where(*own, MeterReportRow.state.in_(_OPEN))
+            .where(*own, MeterReportRow.state.in_(OPEN_STATES))
             .order_by(MeterReportRow.window_starts_at, MeterReportRow.revision)
             .limit(REPORTS_AT_ONCE)
         )
@@ -155,7 +155,7 @@ async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, n
     reports = update(MeterReportRow).where(*own)
     await session.execute(
         reports.where(
-            MeterReportRow.id.in_(by_outcome.get("acked", [])), MeterReportRow.state.in_((*_OPEN, "unknown"))
+            MeterReportRow.id.in_(by_outcome.get("acked", [])), MeterReportRow.state.in_((*OPEN_STATES, "unknown"))
         ).values(state="acked", acked_at=now)
     )
     await _put_back(session, by_outcome.get("not sent", []), own)

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
-from core.money import NanoUsd
+from core.money import NANO_USD_PER_CENT, NanoUsd
 from keys.dimensions import BUDGET_LIMIT_MAX
 from keys.tables import BudgetRow
 from metering import budgets
@@ -28,7 +28,6 @@ from metering.billing.stripe_objects import Payment
 from metering.billing.tables import BillingCustomerRow, SubscriptionRow, TopUpRow
 from metering.tables import SpendWindowRow
 
-NANO_USD_PER_CENT: Final = 10_000_000
 TOP_UP_METADATA: Final = "aap_top_up"
 """The key in a payment's metadata that says it buys credit: `checkout`, or the id of a top-up of ours."""
 _ENDS: Final = {

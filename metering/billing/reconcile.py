@@ -28,7 +28,15 @@ from metering.billing.errors import StripeRefused
 from metering.billing.moving import FINAL, move_unbilled
 from metering.billing.planning import billed_periods, identifier_of
 from metering.billing.stripe_api import StripeApi
-from metering.billing.tables import BillingCustomerRow, InvoiceRow, MeterCheckRow, MeterCursorRow, MeterReportRow
+from metering.billing.tables import (
+    COUNTED_STATES,
+    OPEN_STATES,
+    BillingCustomerRow,
+    InvoiceRow,
+    MeterCheckRow,
+    MeterCursorRow,
+    MeterReportRow,
+)
 from metering.billing.windows import HOUR, PAST_MAX, hour_of
 
 SETTLING: Final = timedelta(minutes=10)
@@ -36,8 +44,6 @@ SETTLING: Final = timedelta(minutes=10)
 LOOK_BACK: Final = timedelta(days=3)
 REPAIRS_MAX: Final = 3
 """Of an hour: what does not hold then is not a lost report."""
-_COUNTED: Final = ("acked", "unknown", "checked")
-_OPEN: Final = ("new", "sent")
 _IN_DOUBT: Final = ("waiting", "suspect", "repaired")
 RECONCILED_MARK: Final = "reconciled"
 """When everybody was last compared to the end."""
@@ -210,13 +216,13 @@ async def _hours(session: AsyncSession, asked: _Asked, since: datetime) -> dict[
             MeterReportRow.organization_id == asked.organization_id,
             MeterReportRow.meter == asked.meter,
             MeterReportRow.event_at >= since,
-            MeterReportRow.state.in_((*_COUNTED, *_OPEN)),
+            MeterReportRow.state.in_((*COUNTED_STATES, *OPEN_STATES)),
         )
     )
     hours: dict[datetime, _Hour] = {}
     for row in rows:
         hour = hours.setdefault(hour_of(row.event_at), _Hour())
-        hour.is_open |= row.state in _OPEN
+        hour.is_open |= row.state in OPEN_STATES
         hour.is_unknown |= row.state == "unknown"
         moments = [moment for moment in (hour.last_sent_at, row.last_sent_at) if moment is not None]
         hour.last_sent_at = max(moments, default=None)
@@ -224,7 +230,7 @@ async def _hours(session: AsyncSession, asked: _Asked, since: datetime) -> dict[
         hour.event_at = max(hour.event_at or row.event_at, row.event_at)
         if row.kind == "repair":
             hour.repairs += 1
-        elif row.state in _COUNTED:
+        elif row.state in COUNTED_STATES:
             hour.value += row.value
     return hours
 
@@ -346,7 +352,7 @@ async def mark_suspect(session: AsyncSession, starts_at: datetime, ends_at: date
         .where(
             MeterReportRow.last_sent_at >= starts_at - HOUR,
             MeterReportRow.last_sent_at <= ends_at + HOUR,
-            MeterReportRow.state.in_(_COUNTED),
+            MeterReportRow.state.in_(COUNTED_STATES),
         )
         .distinct()
     )

@@ -7,6 +7,7 @@ micro-USD for the one that is charged; invoices are in cents, as Stripe has them
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Final
 
 from sqlalchemy import (
     BigInteger,
@@ -214,6 +215,12 @@ class UncollectedUsageRow(Table):
     amount: Mapped[int] = mapped_column(BigInteger)
     """In the ledger's unit: nano-USD, or tokens."""
     seen_at: Mapped[datetime] = mapped_column(_WHEN)
+
+
+OPEN_STATES: Final = ("new", "sent")
+"""Of reports that are still to be sent, or sent again."""
+COUNTED_STATES: Final = ("acked", "unknown", "checked")
+"""Of reports that may be in Stripe's sums."""
 
 
 class MeterCheckRow(Table):

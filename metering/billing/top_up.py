@@ -19,10 +19,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
+from core.money import NANO_USD_PER_CENT
 from metering.billing import emails, prepaid
 from metering.billing.errors import StripeRefused
 from metering.billing.ownership import lock_account
-from metering.billing.prepaid import NANO_USD_PER_CENT, TOP_UP_METADATA
+from metering.billing.prepaid import TOP_UP_METADATA
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import ORGANIZATION_METADATA
 from metering.billing.tables import BillingCustomerRow, TopUpRow

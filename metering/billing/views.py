@@ -16,6 +16,7 @@ from keys.budgets import period_bounds
 from metering.billing import marks, prepaid, wallet
 from metering.billing.meters import USAGE
 from metering.billing.standing import LIVE
+from metering.billing.stripe_objects import Subscription
 from metering.billing.tables import (
     BillingCustomerRow,
     InvoiceRow,
@@ -179,6 +180,23 @@ async def current_subscription(session: AsyncSession, *, organization_id: Organi
         cancel_at=row.cancel_at,
         ended_at=row.ended_at,
         read_at=row.read_at,
+    )
+
+
+def view_of(subscription: Subscription, read_at: datetime) -> SubscriptionView:
+    """Return a subscription as Stripe has just described it."""
+    return SubscriptionView(
+        id=subscription.id,
+        plan=subscription.plan or "",
+        status=subscription.status,
+        price_cents_per_month=subscription.price_cents_per_month,
+        bills_usage=bool(subscription.metered),
+        current_period_start=subscription.period_starts_at,
+        current_period_end=subscription.period_ends_at,
+        trial_end=subscription.trial_ends_at,
+        cancel_at=subscription.cancel_at,
+        ended_at=subscription.ended_at,
+        read_at=read_at,
     )
 
 

@@ -34,6 +34,7 @@ async def test_a_second_subscription_bills_no_usage(place: BillingPlace) -> None
     org = await place.subscriber()
     customer = await place.customer_of(org)
     first = await _subscription_of(place, org)
+    place.pass_time(minutes=1)
     items = place.twin.state.tables["subscription"][first]["items"]["data"]
     made = await place.api._client.v1.subscriptions.create_async(
         {

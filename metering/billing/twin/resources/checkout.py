@@ -138,8 +138,9 @@ def complete(world: World, session: Object, token: str = "pm_card_visa") -> bool
         _decline(world, session, customer, method, is_new_customer=is_new_customer)
         return False
     session["customer"] = customer["id"]
-    customer["invoice_settings"]["default_payment_method"] = method["id"]
-    world.emit("customer.created" if is_new_customer else "customer.updated", customer)
+    # The card is kept, and is nobody's default but a subscription's: Stripe's own page does not make it one.
+    if is_new_customer:
+        world.emit("customer.created", customer)
     _BY_MODE[session["mode"]](world, session, method)
     session["status"], session["url"] = "complete", None
     session["payment_status"] = "paid" if session["amount_total"] else "no_payment_required"

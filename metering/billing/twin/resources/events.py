@@ -10,6 +10,8 @@ from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.shapes import blank
 from metering.billing.twin.world import World, iso
 
+# stripe-python: EventListParams.types.
+_TYPES_MAX = 20
 _DESTINATION = "v2.core.event_destination"
 
 
@@ -29,6 +31,8 @@ def list_events(world: World, call: Call) -> Object:
     """Snapshot events, newest first, by `type`, `types` and `created`."""
     fields = call.fields
     types = fields.strings("types")
+    if len(types) > _TYPES_MAX:
+        raise invalid("types", f"You can list at most {_TYPES_MAX} types.")
     found = only(world.tables["event"].values(), fields, "type")
     return page(
         [one for one in found if _is_kept(world, one) and (not types or one["type"] in types)], fields, call.url

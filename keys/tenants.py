@@ -81,6 +81,14 @@ async def get_organization(session: AsyncSession, *, organization_id: Organizati
     return _organization(row)
 
 
+async def lock_organization(session: AsyncSession, *, organization_id: OrganizationId) -> None:
+    """Have plan and status left alone by others. This lock comes before the budgets' and that of key changes.
+
+    Errors: TenantNotFound.
+    """
+    await _organization_row(session, organization_id)
+
+
 async def create_project(session: AsyncSession, name: str, *, organization_id: OrganizationId) -> Project:
     """Add a project to an organization. Errors: TenantNotFound."""
     if await session.get(OrganizationRow, organization_id) is None:

@@ -6,7 +6,7 @@ from core.clock import SystemClock
 from core.database import Database
 from core.settings import StripeSettings
 from gateway.cli.findings import Finding
-from metering.billing import views
+from metering.billing import agreement
 from metering.billing.catalog_ids import sold_at
 from metering.billing.plans import Plans
 
@@ -26,7 +26,7 @@ async def examine_stripe(database: Database, settings: StripeSettings, plans: Pl
         missing = [plan.name for plan in plans if plan.is_sold and plan.name not in known.plans]
         if missing:
             return Finding("stripe", "warning", f"not for sale yet: {', '.join(missing)}; run `aap stripe sync`")
-        seen = await views.reconciliation(session, SystemClock().now())
+        seen = await agreement.reconciliation(session, SystemClock().now())
     if not seen.agrees:
         return Finding("stripe", "warning", "something stands between the ledger and Stripe: see `aap stripe status`")
     return Finding("stripe", "ok", f"{mode} key, {len(known.plans)} plans for sale")

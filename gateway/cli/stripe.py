@@ -161,7 +161,8 @@ def _print_status(found: Any) -> None:
     click.echo(f"Last reconciled: {found.reconciled_at or 'never'}.")
     show(found.differences, _DIFFERENCE_COLUMNS, as_json=False, empty="No hour differs.")
     for one in found.invoices:
-        click.echo(f"Invoice {one.invoice_id} bills {one.invoiced} micro-USD of {one.reported} that were reported.")
+        invoice = f"Invoice {one.invoice_id} bills" if one.invoice_id else f"No invoice of {one.organization_id} bills:"
+        click.echo(f"{invoice} {one.invoiced} micro-USD of {one.reported} that were reported.")
     for one in found.uncollected:
         click.echo(
             f"No invoice takes {one.amount} (nano-USD or tokens) of {one.organization_id} from {one.window_starts_at}."

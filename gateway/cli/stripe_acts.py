@@ -16,7 +16,7 @@ from gateway.catalog_file import CatalogFile
 from gateway.cli.common import fail
 from gateway.cli.stores import Stores, on_stores
 from keys.lookup import require_organization
-from metering.billing import catalog, inbox, outbox, views
+from metering.billing import agreement, catalog, inbox, outbox
 from metering.billing.apply import Applier
 from metering.billing.catalog import CatalogChange
 from metering.billing.errors import StripeFailed
@@ -35,7 +35,7 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
 
     round: Reconciled
     subscriptions: int
-    differences: list[views.DifferenceView]
+    differences: list[agreement.DifferenceView]
 
 
 class EventView(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,18 +103,18 @@ def reconcile(org: str | None, *, days: int, may_repair: bool) -> Compared:
         since = clock.now().replace(minute=0, second=0, microsecond=0) - timedelta(days=days)
         found = await Reconciler(stores.database, api, clock).round(only=only, since=since, may_repair=may_repair)
         async with stores.database.transaction() as session:
-            differences = (await views.reconciliation(session, SystemClock().now())).differences
+            differences = (await agreement.reconciliation(session, SystemClock().now())).differences
         return Compared(round=found, subscriptions=subscriptions, differences=differences)
 
     return _at_stripe(act)
 
 
-def status() -> views.ReconciliationView:
+def status() -> agreement.ReconciliationView:
     """Return what stands between the ledger and Stripe."""
 
-    async def act(stores: Stores) -> views.ReconciliationView:
+    async def act(stores: Stores) -> agreement.ReconciliationView:
         async with stores.database.transaction() as session:
-            return await views.reconciliation(session, SystemClock().now())
+            return await agreement.reconciliation(session, SystemClock().now())
 
     return on_stores(act)
 

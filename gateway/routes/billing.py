@@ -38,7 +38,7 @@ from keys.errors import BILLING_PREFIX
 from keys.plans import PlanLimits
 from keys.principal import Principal
 from metering import allowances
-from metering.billing import views
+from metering.billing import agreement, views
 from metering.billing.errors import BillingNotConfigured, SubscriptionNotFound
 from metering.billing.plans import Plan
 from metering.billing.returning import ReturnPages
@@ -221,11 +221,11 @@ async def get_usage(principal: Principal, runtime: Runtime) -> UsageObject:
 
 
 @get("/v1/billing/reconciliation", summary="Compare with Stripe", operation_id="get_billing_reconciliation")
-async def get_reconciliation(principal: Principal, runtime: Runtime) -> views.ReconciliationView:
+async def get_reconciliation(principal: Principal, runtime: Runtime) -> agreement.ReconciliationView:
     """Return whether Stripe agrees with the ledger, of all organizations: for the operator."""
     principal.require_scope("operator:read")
     async with runtime.reading.page(principal.organization_id) as session:
-        return await views.reconciliation(session, runtime.clock.now())
+        return await agreement.reconciliation(session, runtime.clock.now())
 
 
 async def _wallet(principal: Principal, runtime: Runtime) -> WalletObject:

@@ -19,13 +19,22 @@ from core.clock import Clock
 from core.database import Database, database_now
 from core.ids import OrganizationId
 from metering.billing import emails, inbox, marks, prepaid
+from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.meters import Meter
 from metering.billing.ownership import keep_address
 from metering.billing.plans import Plans
-from metering.billing.projection import doubled_usage, drafts_of, forget_draft, keep_invoice, keep_subscription
+from metering.billing.projection import (
+    UsageItemChange,
+    drafts_of,
+    forget_draft,
+    keep_invoice,
+    keep_subscription,
+    mark_usage_dropped,
+    usage_item_change,
+)
 from metering.billing.reconcile import mark_suspect
-from metering.billing.standing import settle_standing
+from metering.billing.standing import end_grace, overdue_organizations
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import Invoice, Subscription
 from metering.billing.tables import BillingCustomerRow, StripeEventRow, SubscriptionRow
@@ -125,17 +134,37 @@ class Applier:
                 now=self._clock.now(),
                 meters=self._meters,
             )
-            doubled = None if owner is None else await doubled_usage(session, organization_id=owner)
-        if doubled is not None:
-            await self._drop_usage(*doubled)
+            change = None if owner is None else await usage_item_change(session, self._plans(), organization_id=owner)
+        if owner is not None and change is not None:
+            await self._change_usage_item(change, owner)
         return owner
 
-    async def _drop_usage(self, subscription_id: str, item_id: str) -> None:
-        """Have a second subscription bill no usage: each would bill all of it, since the meter is the customer's."""
-        _log.error("subscription.doubled", subscription_id=subscription_id)
-        read_at = await self._read_at()
-        params: Any = {"items": [{"id": item_id, "deleted": True}], "proration_behavior": "none"}
-        await self.keep(await self._api.update_subscription(subscription_id, params), read_at)
+    async def _change_usage_item(self, change: UsageItemChange, organization_id: OrganizationId) -> None:
+        """Have one subscription bill usage, where two would, or none does any more."""
+        is_dropped = change.item_id is not None
+        _log.error("subscription.doubled" if is_dropped else "subscription.bills_again", id=change.subscription_id)
+        async with self._database.transaction() as session:
+            read_at = await database_now(session)
+            usage_price = (await sold_at(session)).usage_price
+            if is_dropped:
+                # Before Stripe is asked: else nobody would know that it was us.
+                await mark_usage_dropped(
+                    session, change.subscription_id, is_dropped=True, organization_id=organization_id
+                )
+        if not is_dropped and usage_price is None:
+            return  # `aap stripe sync` has still to be run
+        params: Any = {
+            "items": [{"id": change.item_id, "deleted": True} if is_dropped else {"price": usage_price}],
+            # What only the older one has billed so far is still owed.
+            "proration_behavior": "none" if change.is_newer or not is_dropped else "create_prorations",
+        }
+        changed = await self._api.update_subscription(change.subscription_id, params)
+        if not is_dropped:
+            async with self._database.transaction() as session:
+                await mark_usage_dropped(
+                    session, change.subscription_id, is_dropped=False, organization_id=organization_id
+                )
+        await self.keep(changed, read_at)
 
     async def look_at_invoice(self, invoice_id: str) -> OrganizationId | None:
         """Read an invoice and its subscription, and keep both. None: it is not ours."""
@@ -249,17 +278,13 @@ class Applier:
                     )
                 )
             )
-            overdue = list(
-                await session.scalars(
-                    select(SubscriptionRow.organization_id).where(SubscriptionRow.status == "past_due")
-                )
-            )
+            overdue = await overdue_organizations(session, self._plans(), now)
         for subscription_id in over:
             with _passing_over("subscription", subscription_id):
                 await self.look_at_subscription(subscription_id)
         for organization_id in overdue:
             async with self._database.transaction() as session:
-                await settle_standing(session, self._plans(), now, organization_id=OrganizationId(organization_id))
+                await end_grace(session, self._plans(), now, organization_id=organization_id)
         return len(over) + len(overdue)
 
     async def _read_at(self) -> datetime:

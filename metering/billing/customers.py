@@ -6,6 +6,7 @@ follows changes nothing then. Stripe down: BillingUnavailable, and nothing is ch
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
@@ -38,7 +39,7 @@ from metering.billing.errors import (
     TopUpInvalid,
 )
 from metering.billing.export import Exporter
-from metering.billing.outbox import request_flush
+from metering.billing.outbox import open_work, request_flush
 from metering.billing.ownership import keep_customer
 from metering.billing.plans import Plan, Plans
 from metering.billing.prepaid import TOP_UP_METADATA
@@ -48,6 +49,8 @@ from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import ORGANIZATION_METADATA, Checkout, Subscription
 from metering.billing.tables import BillingCustomerRow, SubscriptionRow
 
+_REPORT_TRIES: Final = 20
+_REPORT_PAUSE_SECONDS: Final = 0.25
 TOP_UP_CENTS_MIN: Final = 500
 TOP_UP_CENTS_MAX: Final = 99_999_999
 """Stripe takes eight digits."""
@@ -137,10 +140,20 @@ class Customers:
             "cancel_url": pages.cancel_url,
             "metadata": metadata,
         }
-        await self._close_earlier(organization_id)
+        async with self._database.transaction() as session:
+            earlier = (await session.get_one(BillingCustomerRow, organization_id)).checkout_id
+        if earlier is not None:
+            await self._close(earlier, organization_id)
         with _asking_stripe("subscribe", organization_id):
             checkout = await self._api.create_checkout(params)
-        await self._remember(organization_id, checkout.id)
+        other = await self._swap_page(organization_id, checkout.id)
+        if other not in {None, earlier}:
+            # Asked for at the same time. Paid already, that one is what holds, and ours is not opened.
+            try:
+                await self._close(other or "", organization_id)
+            except AlreadySubscribed:
+                await self._close(checkout.id, organization_id)
+                raise
         return checkout
 
     async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:
@@ -271,10 +284,25 @@ class Customers:
                 raise NotSubscribed from error
 
     async def _report_all(self, organization_id: OrganizationId) -> None:
-        """Tell Stripe of everything that was used until now. Errors: BillingUnavailable where it does not hear."""
-        done = await Exporter(self._database, self._api, self._clock).round(only=organization_id)
-        if done.problem is not None:
-            raise BillingUnavailable
+        """Tell Stripe of everything that was used until now.
+
+        Errors: BillingUnavailable where it does not hear of it within seconds; BillingMisconfigured where an operator
+        has to look first.
+        """
+        exporter = Exporter(self._database, self._api, self._clock)
+        for _ in range(_REPORT_TRIES):
+            done = await exporter.round(only=organization_id)
+            if done.problem is not None:
+                raise BillingUnavailable
+            async with self._database.transaction() as session:
+                work = await open_work(session, organization_id=organization_id)
+            if work.is_parked:
+                raise BillingMisconfigured
+            if not work.is_waiting:
+                return
+            # Another worker has its turn, and is done in a moment.
+            await asyncio.sleep(_REPORT_PAUSE_SECONDS)
+        raise BillingUnavailable
 
     def _sold(self, plan_name: str) -> Plan:
         plan = self._plans().find(plan_name)
@@ -284,27 +312,27 @@ class Customers:
             raise PlanNotForSale(plan_name)
         return plan
 
-    async def _close_earlier(self, organization_id: OrganizationId) -> None:
-        """Close the page that was opened before: two that are paid would be two subscriptions."""
-        async with self._database.transaction() as session:
-            row = await session.get_one(BillingCustomerRow, organization_id)
-            earlier = row.checkout_id
-        if earlier is None:
-            return
-        with _asking_stripe("close_earlier", organization_id):
-            try:
-                await self._api.close_checkout(earlier)
-            except StripeRefused as error:
-                # Paid or closed already.
-                _log.info("checkout.not_open", checkout_id=earlier, code=error.code)
+    async def _close(self, checkout_id: str, organization_id: OrganizationId) -> None:
+        """Close a page that was opened before: two that are paid would be two subscriptions.
 
-    async def _remember(self, organization_id: OrganizationId, checkout_id: str) -> None:
+        Errors: AlreadySubscribed where it was paid, also if the event of that is still on its way.
+        """
+        with _asking_stripe("close_page", organization_id):
+            try:
+                await self._api.close_checkout(checkout_id)
+            except StripeRefused as error:
+                _log.info("checkout.not_open", checkout_id=checkout_id, code=error.code)
+                await self._applier.look_at_customers(organization_id)
         async with self._database.transaction() as session:
-            await session.execute(
-                update(BillingCustomerRow)
-                .where(BillingCustomerRow.organization_id == organization_id)
-                .values(checkout_id=checkout_id)
-            )
+            if await _live(session, organization_id=organization_id) is not None:
+                raise AlreadySubscribed
+
+    async def _swap_page(self, organization_id: OrganizationId, checkout_id: str) -> str | None:
+        """Remember the page that is open now; return the one that was until then."""
+        async with self._database.transaction() as session:
+            row = await session.get_one(BillingCustomerRow, organization_id, with_for_update=True)
+            other, row.checkout_id = row.checkout_id, checkout_id
+        return other
 
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:

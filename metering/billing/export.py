@@ -42,6 +42,8 @@ class Exported(msgspec.Struct, kw_only=True):
 
 
 Progress = Callable[[Exported], None]
+_Addressed = tuple[int, str, MeterEvent]
+"""Of which batch an event is, and of which report."""
 
 
 class Exporter:
@@ -100,16 +102,20 @@ class Exporter:
     async def _send(self, batch: Batch) -> Told:
         told = Told(outcomes={})
         for report_id, event in batch.reports:
-            if self._clock.now() >= batch.send_before:
-                told.failure = "the lease is about to end"
-                break
-            told.outcomes[report_id] = await self._tell(event, told)
-            if told.outcomes[report_id] == "refused":
-                told.refusal = (report_id, told.refusal_code or "refused")
-                _log.error("meter_report.refused", organization_id=batch.organization_id, code=told.refusal_code)
-            if told.outcomes[report_id] != "acked":
+            await self._tell_one(batch, report_id, event, told)
+            if told.outcomes.get(report_id) != "acked":
                 break
         return told
+
+    async def _tell_one(self, batch: Batch, report_id: str, event: MeterEvent, told: Told) -> None:
+        """Send one report, and note in *told* what came of it."""
+        if self._clock.now() >= batch.send_before:
+            told.failure = "the lease is about to end"
+            return
+        told.outcomes[report_id] = await self._tell(event, told)
+        if told.outcomes[report_id] == "refused":
+            told.refusal = (report_id, told.refusal_code or "refused")
+            _log.error("meter_report.refused", organization_id=batch.organization_id, code=told.refusal_code)
 
     async def _tell(self, event: MeterEvent, told: Told) -> Outcome:
         """Send one event; return what came of it, and note in *told* why it was not taken."""
@@ -137,27 +143,43 @@ class Exporter:
         events = [(index, *report) for index, batch in enumerate(batches) for report in batch.reports]
         for start in range(0, len(events), STREAM_EVENTS_MAX):
             chunk = events[start : start + STREAM_EVENTS_MAX]
-            if any(self._clock.now() >= batches[index].send_before for index, _, _ in chunk):
-                for index, _, _ in events[start:]:
-                    told[index].failure = "the lease is about to end"
-                break
-            failure: str | None = None
-            outcome: Outcome = "acked"
-            try:
-                await self._api.stream_meter_events([event for _, _, event in chunk])
-            except StripeOutcomeUnknown as error:
-                failure, outcome = str(error), "open"
-            except StripeFailed as error:
-                failure, outcome = f"{type(error).__name__}: {error}", "not sent"
-            for index, report_id, _ in chunk:
-                told[index].outcomes[report_id] = outcome
-                told[index].failure = told[index].failure or failure
-                told[index].is_stripes = failure is not None
+            is_late = any(self._clock.now() >= batches[index].send_before for index, _, _ in chunk)
+            failure = "the lease is about to end" if is_late else await self._stream(batches, told, chunk)
             if failure is not None:
-                for index, _, _ in events[start + STREAM_EVENTS_MAX :]:
-                    told[index].failure = failure
+                for index, _, _ in events[start:]:
+                    told[index].failure = told[index].failure or failure
+                    told[index].is_stripes = not is_late
                 break
         return told
+
+    async def _stream(self, batches: Sequence[Batch], told: Sequence[Told], chunk: Sequence[_Addressed]) -> str | None:
+        """Send a chunk in one request, and note in *told* what came of it; return why the others need not be tried."""
+        failure: str | None = None
+        outcome: Outcome = "acked"
+        try:
+            await self._api.stream_meter_events([event for _, _, event in chunk])
+        except StripeRefused:
+            # One of them is wrong, and Stripe does not say which.
+            return await self._tell_each(batches, told, chunk)
+        except StripeOutcomeUnknown as error:
+            failure, outcome = str(error), "open"
+        except StripeFailed as error:
+            failure, outcome = f"{type(error).__name__}: {error}", "not sent"
+        for index, report_id, _ in chunk:
+            told[index].outcomes[report_id] = outcome
+        return failure
+
+    async def _tell_each(
+        self, batches: Sequence[Batch], told: Sequence[Told], chunk: Sequence[_Addressed]
+    ) -> str | None:
+        """Send the events of a chunk by themselves: after one that is not taken, no other of its batch."""
+        for index, report_id, event in chunk:
+            one = told[index]
+            if one.failure is None and one.refusal is None:
+                await self._tell_one(batches[index], report_id, event, one)
+            if one.is_stripes:
+                return one.failure
+        return None
 
     async def _recorded(self, batches: Sequence[Batch], told: Sequence[Told], exported: Exported) -> None:
         for batch, one in zip(batches, told, strict=True):

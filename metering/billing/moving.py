@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
-from sqlalchemy import ColumnElement, exists, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
@@ -36,38 +36,53 @@ _BACK: Final = timedelta(days=34)
 _log = structlog.get_logger(__name__)
 
 
-async def move_unbilled(session: AsyncSession, now: datetime, *, only: OrganizationId | None = None) -> int:
-    """Move what final invoices have not billed to the next ones; return how many invoices that were.
+async def short_invoices(
+    session: AsyncSession, now: datetime, *, only: OrganizationId | None = None
+) -> list[tuple[OrganizationId, str]]:
+    """Return the final invoices, and whose they are, that bill less than was reported for their period.
 
     Not where an invoice has lines that are neither the plan's nor usage: usage under an exchanged price stands on
-    another line, and a person has to read it (`views.reconciliation` shows it).
+    another line, and a person has to read it (`agreement.reconciliation` shows it).
     """
     statement = (
-        select(InvoiceRow)
+        select(InvoiceRow.organization_id, InvoiceRow.id)
         .where(
             InvoiceRow.status.in_(FINAL),
             InvoiceRow.usage_micro_usd.is_not(None),
             InvoiceRow.usage_starts_at >= now - _BACK - timedelta(days=31),
             ~InvoiceRow.has_other_lines,
+            InvoiceRow.usage_micro_usd < reported_for_invoice(),
         )
         .order_by(InvoiceRow.issued_at)
     )
     if only is not None:
         statement = statement.where(InvoiceRow.organization_id == only)
-    moved = 0
-    for invoice in await session.scalars(statement):
-        moved += await _move(session, invoice, now, organization_id=OrganizationId(invoice.organization_id))
-    return moved
+    return [
+        (OrganizationId(organization_id), invoice_id)
+        for organization_id, invoice_id in await session.execute(statement)
+    ]
 
 
-async def _move(session: AsyncSession, invoice: InvoiceRow, now: datetime, *, organization_id: OrganizationId) -> bool:
-    reported = await reported_for(session, invoice, organization_id=organization_id)
-    missing = reported - (invoice.usage_micro_usd or 0)
-    if missing <= 0 or await _is_undecided(session, invoice, organization_id=organization_id):
-        return False
-    if not await _has_later_period(session, invoice, organization_id=organization_id):
-        return False
+async def move_unbilled(
+    session: AsyncSession, invoice_id: str, now: datetime, *, organization_id: OrganizationId
+) -> bool:
+    """Move what a final invoice has not billed to the next one; tell whether there was anything to move."""
+    # First: whoever else moves it, plans or ends the subscription has done so by then, or waits.
     await lock_account(session, organization_id=organization_id)
+    invoice = await session.scalar(
+        select(InvoiceRow).where(InvoiceRow.organization_id == organization_id, InvoiceRow.id == invoice_id)
+    )
+    if invoice is None or not await _has_later_period(session, invoice, organization_id=organization_id):
+        return False
+    missing = await _missing(session, invoice, organization_id=organization_id)
+    if missing <= 0:
+        return False
+    # The cursor before its windows, as whoever writes down a refusal has them.
+    await session.execute(
+        update(MeterCursorRow)
+        .where(MeterCursorRow.organization_id == organization_id, MeterCursorRow.meter == USAGE.event_name)
+        .values(next_at=func.least(MeterCursorRow.next_at, now), scanned_at=None)
+    )
     left = missing
     # What was taken last is what came too late.
     rows = await session.scalars(
@@ -75,6 +90,7 @@ async def _move(session: AsyncSession, invoice: InvoiceRow, now: datetime, *, or
         .where(
             *_of(invoice, organization_id),
             MeterReportRow.value > 0,
+            MeterReportRow.kind != "repair",
             MeterReportRow.state.in_(_COUNTED),
             MeterReportRow.event_at >= now - _BACK,
         )
@@ -85,26 +101,28 @@ async def _move(session: AsyncSession, invoice: InvoiceRow, now: datetime, *, or
             break
         taken = min(row.value, left)
         left -= taken
-        await _take_out(session, row, taken)
-    await session.execute(
-        update(MeterCursorRow)
-        .where(MeterCursorRow.organization_id == organization_id, MeterCursorRow.meter == USAGE.event_name)
-        .values(next_at=func.least(MeterCursorRow.next_at, now), scanned_at=None)
-    )
+        await _take_out(session, row, taken, now)
     _log.warning(
         "invoice.usage_moved", organization_id=organization_id, invoice_id=invoice.id, micro_usd=missing - left
     )
     return missing > left
 
 
-async def reported_for(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> int:
-    """Return what was reported for an invoice's period, less what was moved out of it."""
-    total = await session.scalar(
-        select(func.coalesce(func.sum(MeterReportRow.value), 0)).where(
-            *_of(invoice, organization_id), MeterReportRow.kind != "repair", MeterReportRow.state != "refused"
+def reported_for_invoice() -> ScalarSelect[int]:
+    """Return, for a statement about invoices, what was reported for each one's period less what was moved out of it."""
+    return (
+        select(func.coalesce(func.sum(MeterReportRow.value), 0))
+        .where(
+            MeterReportRow.organization_id == InvoiceRow.organization_id,
+            MeterReportRow.meter == USAGE.event_name,
+            MeterReportRow.event_at >= InvoiceRow.usage_starts_at,
+            MeterReportRow.event_at < InvoiceRow.usage_ends_at,
+            MeterReportRow.kind != "repair",
+            MeterReportRow.state != "refused",
         )
+        .correlate(InvoiceRow)
+        .scalar_subquery()
     )
-    return int(total or 0)
 
 
 def _of(invoice: InvoiceRow, organization_id: OrganizationId) -> tuple[ColumnElement[bool], ...]:
@@ -116,23 +134,31 @@ def _of(invoice: InvoiceRow, organization_id: OrganizationId) -> tuple[ColumnEle
     )
 
 
-async def _is_undecided(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> bool:
-    """Tell whether something of the period is on its way, or Stripe's sums of it are not ours: lost is not late."""
+async def _missing(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> int:
+    """Return how much came too late for an invoice: nothing as long as something of its period is undecided.
+
+    What Stripe has lost is not late: it is in no sum of Stripe's, and a person decides about it.
+    """
     open_report = await session.scalar(
         select(MeterReportRow.id).where(*_of(invoice, organization_id), MeterReportRow.state.in_(_UNDECIDED)).limit(1)
     )
-    differs = await session.scalar(
-        select(MeterCheckRow.hour)
-        .where(
+    differing = await session.execute(
+        select(MeterCheckRow.state, MeterCheckRow.ours - MeterCheckRow.theirs).where(
             MeterCheckRow.organization_id == organization_id,
             MeterCheckRow.meter == USAGE.event_name,
             MeterCheckRow.hour > (invoice.usage_starts_at or invoice.issued_at) - HOUR,
             MeterCheckRow.hour < invoice.usage_ends_at,
             MeterCheckRow.state != "agrees",
         )
-        .limit(1)
     )
-    return open_report is not None or differs is not None
+    hours = [(state, int(difference)) for state, difference in differing]
+    if open_report is not None or any(state != "alert" for state, _ in hours):
+        return 0
+    reported = await session.scalar(
+        select(reported_for_invoice()).where(InvoiceRow.organization_id == organization_id, InvoiceRow.id == invoice.id)
+    )
+    lost = sum(max(difference, 0) for _, difference in hours)
+    return int(reported or 0) - (invoice.usage_micro_usd or 0) - lost
 
 
 async def _has_later_period(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> bool:
@@ -147,7 +173,7 @@ async def _has_later_period(session: AsyncSession, invoice: InvoiceRow, *, organ
     return bool(await session.scalar(select(later)))
 
 
-async def _take_out(session: AsyncSession, row: MeterReportRow, taken: int) -> None:
+async def _take_out(session: AsyncSession, row: MeterReportRow, taken: int, now: datetime) -> None:
     """Report *taken* less for a report's hour, and have it planned anew."""
     window = await session.get_one(
         MeterWindowRow, (row.organization_id, row.meter, row.window_starts_at), with_for_update=True
@@ -167,6 +193,7 @@ async def _take_out(session: AsyncSession, row: MeterReportRow, taken: int) -> N
             value=-taken,
             identifier=identifier_of(row.organization_id, row.meter, row.window_starts_at, window.revisions),
             state="new",
+            created_at=now,
         )
     )
     await session.flush()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
+from metering.billing import prepaid
 from metering.billing.meters import METERS
 from metering.billing.ownership import lock_account
 from metering.billing.planning import plan_reports
@@ -66,6 +67,15 @@ class Told(msgspec.Struct, kw_only=True):
     """Whether the failure is all of Stripe's, and no other batch would fare better."""
 
 
+class OpenWork(NamedTuple):
+    """What keeps an organization's usage from being known at Stripe."""
+
+    is_parked: bool
+    """An operator has to look."""
+    is_waiting: bool
+    """Another worker is at it, or Stripe has not answered."""
+
+
 async def claim(
     session: AsyncSession, worker: str, now: datetime, *, limit: int, only: OrganizationId | None = None
 ) -> list[tuple[OrganizationId, str]]:
@@ -115,6 +125,8 @@ async def prepare(
     cursor.leased_until = now + LEASE
     await _take_back_late(session, meter=meter, organization_id=organization_id)
     has_more = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
+    if METERS[meter].bills:
+        await prepaid.correct_gate(session, now, organization_id=organization_id)
     own = (MeterReportRow.organization_id == organization_id, MeterReportRow.meter == meter)
     await session.execute(
         update(MeterReportRow)
@@ -299,6 +311,22 @@ async def bring_forward(
     if only is not None:
         statement = statement.where(MeterCursorRow.organization_id == only)
     await session.execute(statement.values(is_flush_due=True) if is_flush else statement)
+
+
+async def open_work(session: AsyncSession, *, organization_id: OrganizationId) -> OpenWork:
+    """Return what stands between an organization's usage and Stripe, after a turn that was to report all of it."""
+    own = (MeterReportRow.organization_id == organization_id, MeterReportRow.state.in_(OPEN_STATES))
+    has_reports = await session.scalar(select(MeterReportRow.id).where(*own).limit(1)) is not None
+    rows = await session.execute(
+        select(MeterCursorRow.parked_for, MeterCursorRow.is_flush_due, MeterCursorRow.leased_by).where(
+            MeterCursorRow.organization_id == organization_id
+        )
+    )
+    cursors = list(rows)
+    return OpenWork(
+        is_parked=any(parked_for is not None for parked_for, _, _ in cursors),
+        is_waiting=has_reports or any(is_due or leased_by is not None for _, is_due, leased_by in cursors),
+    )
 
 
 async def request_flush(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:

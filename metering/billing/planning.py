@@ -47,6 +47,8 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
     organization_id = OrganizationId(cursor.organization_id)
     periods = await billed_periods(session, organization_id=organization_id)
     if not periods:
+        # Nothing is anybody's to pay: an invoice that waits has nothing to wait for.
+        cursor.is_flush_due = False
         return False
     is_whole = cursor.is_flush_due or cursor.scanned_at is None or now - cursor.scanned_at >= _SCAN_EVERY
     earliest = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
@@ -60,12 +62,12 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
         now,
         is_flush=cursor.is_flush_due,
     )
-    writer = _Writer(session, cursor, meter, rows, credit=await _credit(session, meter, organization_id))
+    writer = _Writer(session, cursor, meter, rows, now, credit=await _credit(session, meter, organization_id))
     for one in due[:limit]:
         await writer.write(one)
     if is_whole and len(due) <= limit:
         cursor.scanned_at = now
-        await _note_uncollected(session, meter, uncollected, now, organization_id=organization_id)
+        await _note_uncollected(session, meter, uncollected, since, now, organization_id=organization_id)
     if len(due) <= limit:
         cursor.is_flush_due = False
     await session.flush()
@@ -179,6 +181,7 @@ class _Writer:
         cursor: MeterCursorRow,
         meter: Meter,
         windows: dict[datetime, MeterWindowRow],
+        now: datetime,
         *,
         credit: int,
     ) -> None:
@@ -186,6 +189,7 @@ class _Writer:
         self._cursor = cursor
         self._meter = meter
         self._windows = windows
+        self._now = now
         self._credit = credit
 
     async def write(self, due: Due) -> None:
@@ -213,6 +217,7 @@ class _Writer:
                 self._cursor.organization_id, self._meter.event_name, due.window_starts_at, window.revisions
             ),
             state="new" if value != drawn else "settled",
+            created_at=self._now,
         )
         assert abs(report.value) <= VALUE_MAX
         self._session.add(report)
@@ -282,12 +287,17 @@ async def _note_uncollected(
     session: AsyncSession,
     meter: Meter,
     uncollected: Sequence[Uncollected],
+    since: datetime,
     now: datetime,
     *,
     organization_id: OrganizationId,
 ) -> None:
-    """Write down what no invoice takes any more, in the place of what was written down before."""
-    own = (UncollectedUsageRow.organization_id == organization_id, UncollectedUsageRow.meter == meter.event_name)
+    """Write down what no invoice takes any more, in the place of what was written down before of the same time."""
+    own = (
+        UncollectedUsageRow.organization_id == organization_id,
+        UncollectedUsageRow.meter == meter.event_name,
+        UncollectedUsageRow.window_starts_at >= since,
+    )
     await session.execute(delete(UncollectedUsageRow).where(*own))
     for one in uncollected:
         session.add(

@@ -95,9 +95,11 @@ async def _end_top_up(
     state = _ENDS.get(payment.status)
     if state is None:
         return
+    # One that was given up and is paid after all is paid.
+    was_open = TopUpRow.state == "open" if state == "failed" else TopUpRow.state != "paid"
     ended = await session.scalar(
         update(TopUpRow)
-        .where(TopUpRow.organization_id == organization_id, TopUpRow.id == top_up_id, TopUpRow.state == "open")
+        .where(TopUpRow.organization_id == organization_id, TopUpRow.id == top_up_id, was_open)
         .values(state=state, payment_intent_id=payment.id, ended_at=now)
         .returning(TopUpRow.cents)
     )
@@ -133,20 +135,38 @@ async def settle_gate(session: AsyncSession, now: datetime, *, organization_id: 
         await open_gate(session, organization_id=organization_id)
         return
     await budgets.hold_settlements(session)
+    await budgets.set_budget(
+        session,
+        ("credit", organization_id),
+        "total",
+        limit=await _limit(session, now, organization_id=organization_id),
+        is_hard=True,
+        organization_id=organization_id,
+    )
+
+
+async def _limit(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> NanoUsd:
     spent = await session.scalar(
         select(func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)).where(
             SpendWindowRow.organization_id == organization_id, SpendWindowRow.seconds == 3600
         )
     )
     limit = int(spent or 0) + await left(session, now, organization_id=organization_id)
-    await budgets.set_budget(
-        session,
-        ("credit", organization_id),
-        "total",
-        limit=NanoUsd(min(max(limit, 0), BUDGET_LIMIT_MAX)),
-        is_hard=True,
-        organization_id=organization_id,
+    return NanoUsd(min(max(limit, 0), BUDGET_LIMIT_MAX))
+
+
+async def correct_gate(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:
+    """Set the budget anew where it is not what credit comes to: what an invoice paid was corrected, or came late.
+
+    The account is locked by this transaction. Changes nothing, and holds up no settlement, where the two agree.
+    """
+    limit = await session.scalar(
+        select(BudgetRow.limit_nano_usd).where(
+            BudgetRow.organization_id == organization_id, BudgetRow.scope == "credit"
+        )
     )
+    if limit is not None and limit != await _limit(session, now, organization_id=organization_id):
+        await settle_gate(session, now, organization_id=organization_id)
 
 
 async def open_gate(session: AsyncSession, *, organization_id: OrganizationId) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
+from keys import tenants
 from metering.billing import emails, prepaid
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
@@ -25,6 +26,8 @@ from metering.billing.tables import (
     SubscriptionRow,
 )
 
+# Of several that could bill usage: one that is paid, or will be.
+_BILLS_FIRST: Final = ("active", "past_due", "trialing", "unpaid", "paused")
 _FINAL: Final = frozenset({"open", "paid", "void", "uncollectible"})
 
 
@@ -56,7 +59,7 @@ async def keep_subscription(
         return organization_id
     before = (row.status, row.plan)
     _fill(row, subscription, read_at, now)
-    row.usage_item_id = await _usage_item(session, subscription)
+    await _keep_usage_item(session, row, subscription)
     await session.flush()
     await _keep_period(session, row, now, organization_id=organization_id)
     if row.usage_item_id is not None:
@@ -64,7 +67,9 @@ async def keep_subscription(
     await _keep_revenue(session, row, now, organization_id=organization_id)
     if row.status in ENDED and before[0] not in ENDED:
         await request_flush(session, now, organization_id=organization_id)
-    # The gate first: it takes the budgets' lock, which comes before that of key changes.
+    # Whoever gives a plan locks the organization, and then key changes; the gate takes the budgets' lock, which is in
+    # between.
+    await tenants.lock_organization(session, organization_id=organization_id)
     if await prepaid.is_gated(session, organization_id=organization_id) != await prepaid.has_gate(
         session, organization_id=organization_id
     ):
@@ -88,14 +93,19 @@ def _fill(row: SubscriptionRow, subscription: Subscription, read_at: datetime, n
     # Collection that is paused in the dashboard looks active: the operator chose not to charge, and to go on serving.
     is_past_due = subscription.status == "past_due"
     row.past_due_since = (row.past_due_since or now) if is_past_due else None
+    row.is_grace_over = is_past_due and bool(row.is_grace_over)
     row.status = subscription.status
     row.read_at = read_at
 
 
-async def _usage_item(session: AsyncSession, subscription: Subscription) -> str | None:
-    """Return the item that bills usage: by its meter, whatever its price is."""
+async def _keep_usage_item(session: AsyncSession, row: SubscriptionRow, subscription: Subscription) -> None:
+    """Write down the item that bills usage, by its meter whatever its price is, and all prices there ever were."""
     meter_id = (await meter_ids(session)).get(USAGE.event_name)
-    return next((item_id for item_id, meter in subscription.metered if meter == meter_id), None)
+    item = next((item for item in subscription.metered if item.meter_id == meter_id), None)
+    row.usage_item_id = None if item is None else item.id
+    usage_prices = [] if item is None else [item.price_id]
+    row.usage_price_ids = sorted({*(row.usage_price_ids or ()), *usage_prices})
+    row.plan_price_ids = sorted({*(row.plan_price_ids or ()), *subscription.plan_price_ids})
 
 
 async def _keep_period(
@@ -122,11 +132,15 @@ async def _keep_period(
             last.ends_at = max(ends_at, last.starts_at)
             return
         cut_at = now.replace(microsecond=0)
-        if not last.starts_at < cut_at < ends_at:
+        if cut_at >= ends_at:
+            # It is over: what it was is what it stays.
+            return
+        if cut_at <= last.starts_at:
             last.is_metered, last.is_trial = kind
             return
         last.ends_at, starts_at = cut_at, cut_at
     if starts_at < ends_at:
+        await _end_earlier(session, row, starts_at, organization_id=organization_id)
         session.add(
             BillingPeriodRow(
                 subscription_id=row.id,
@@ -139,6 +153,22 @@ async def _keep_period(
             )
         )
         await session.flush()
+
+
+async def _end_earlier(
+    session: AsyncSession, row: SubscriptionRow, starts_at: datetime, *, organization_id: OrganizationId
+) -> None:
+    """End periods that another one cuts short, such as a trial's that was ended early: none reaches into the next."""
+    await session.execute(
+        update(BillingPeriodRow)
+        .where(
+            BillingPeriodRow.organization_id == organization_id,
+            BillingPeriodRow.subscription_id == row.id,
+            BillingPeriodRow.starts_at < starts_at,
+            BillingPeriodRow.ends_at > starts_at,
+        )
+        .values(ends_at=starts_at)
+    )
 
 
 async def _keep_revenue(
@@ -181,7 +211,12 @@ async def keep_invoice(
     organization_id = await owner_of_customer(session, invoice.customer_id)
     if organization_id is None:
         return None
-    usage = await _usage_line(session, invoice, organization_id=organization_id)
+    subscription = await session.scalar(
+        select(SubscriptionRow).where(
+            SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
+        )
+    )
+    usage = _usage_of(invoice, subscription)
     row = await session.get(InvoiceRow, invoice.id, with_for_update=True)
     if row is None:
         row = InvoiceRow(id=invoice.id, organization_id=organization_id)
@@ -192,7 +227,7 @@ async def keep_invoice(
     row.currency, row.issued_at, row.read_at = invoice.currency, invoice.issued_at, read_at
     row.total_cents, row.paid_cents, row.due_cents = invoice.total_cents, invoice.paid_cents, invoice.due_cents
     row.page_url, row.pdf_url = invoice.page_url, invoice.pdf_url
-    row.has_other_lines = await _has_other_lines(session, invoice, organization_id=organization_id)
+    row.has_other_lines = _has_other_lines(invoice, subscription)
     if usage is not None:
         row.usage_micro_usd = usage.quantity
         row.usage_starts_at, row.usage_ends_at = usage.starts_at, usage.ends_at
@@ -205,35 +240,55 @@ async def keep_invoice(
     return organization_id
 
 
-async def _usage_line(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> UsageLine | None:
-    """Return the invoice's line for usage of a period that is over: the one of the subscription's item that bills it.
+class _InvoicedUsage(NamedTuple):
+    """Usage that an invoice bills, in the meter's unit, and the time that it is of."""
 
-    A first invoice may have one too, of nothing, for the period that begins: it closes nothing.
+    quantity: int
+    starts_at: datetime
+    ends_at: datetime
+
+
+def _usage_of(invoice: Invoice, subscription: SubscriptionRow | None) -> _InvoicedUsage | None:
+    """Return what an invoice bills of usage: the sum of its lines at prices that ever billed it.
+
+    There may be several of one period, where the price was exchanged or usage was included for a while. A first invoice
+    may have one of nothing too, for the period that begins: it closes nothing.
     """
-    item_id = await session.scalar(
-        select(SubscriptionRow.usage_item_id).where(
-            SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
-        )
-    )
-    if item_id is None:
+    if subscription is None:
         return None
-    lines = [line for line in invoice.lines if line.subscription_item_id == item_id]
-    return next((line for line in lines if line.starts_at < line.ends_at <= invoice.issued_at), None)
-
-
-async def _has_other_lines(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> bool:
-    """Tell whether there are lines of neither the plan nor usage, such as usage under a price that was exchanged."""
-    row = await session.scalar(
-        select(SubscriptionRow).where(
-            SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == invoice.subscription_id
-        )
+    lines = [
+        line
+        for line in invoice.lines
+        if _bills_usage(line, subscription) and line.starts_at < line.ends_at <= invoice.issued_at
+    ]
+    if not lines:
+        return None
+    return _InvoicedUsage(
+        sum(line.quantity for line in lines),
+        min(line.starts_at for line in lines),
+        max(line.ends_at for line in lines),
     )
-    known = {row.plan_item_id, row.usage_item_id} if row is not None else set[str | None]()
-    return any(line.subscription_item_id not in known for line in invoice.lines)
+
+
+def _bills_usage(line: UsageLine, subscription: SubscriptionRow) -> bool:
+    if line.subscription_item_id is not None and line.subscription_item_id == subscription.usage_item_id:
+        return True
+    return line.price_id in subscription.usage_price_ids
+
+
+def _has_other_lines(invoice: Invoice, subscription: SubscriptionRow | None) -> bool:
+    """Tell whether there are lines of neither the plan nor usage, such as of a price that we never saw."""
+    if subscription is None:
+        return bool(invoice.lines)
+    known = {subscription.plan_item_id, *subscription.plan_price_ids} - {None}
+    return any(
+        not (_bills_usage(line, subscription) or line.subscription_item_id in known or line.price_id in known)
+        for line in invoice.lines
+    )
 
 
 async def _close_period(
-    session: AsyncSession, subscription_id: str, usage: UsageLine, *, organization_id: OrganizationId
+    session: AsyncSession, subscription_id: str, usage: _InvoicedUsage, *, organization_id: OrganizationId
 ) -> None:
     """Write down that what is told of a period does not count any more."""
     closed = await session.execute(
@@ -281,18 +336,51 @@ async def forget_draft(session: AsyncSession, invoice_id: str) -> OrganizationId
     return OrganizationId(row.organization_id)
 
 
-async def doubled_usage(session: AsyncSession, *, organization_id: OrganizationId) -> tuple[str, str] | None:
-    """Return a second subscription that bills usage, and its item that does; None where there is one at most."""
-    rows = await session.execute(
-        select(SubscriptionRow.id, SubscriptionRow.usage_item_id)
-        .where(
-            SubscriptionRow.organization_id == organization_id,
-            SubscriptionRow.status.in_(LIVE),
-            SubscriptionRow.usage_item_id.is_not(None),
+class UsageItemChange(NamedTuple):
+    """What is to be done so that one subscription bills usage: take *item_id* off, or (None) put the item on."""
+
+    subscription_id: str
+    item_id: str | None
+    is_newer: bool = False
+    """Whether the one that goes on billing has billed all that this one has."""
+
+
+async def usage_item_change(
+    session: AsyncSession, plans: Plans, *, organization_id: OrganizationId
+) -> UsageItemChange | None:
+    """Return what keeps an organization's usage from being billed twice, or by nobody; None where it is once.
+
+    The meter is the customer's: each of two subscriptions would bill all of it. The one that is paid does, the oldest
+    of several. One whose item we took off for that has it back when no other bills usage.
+    """
+    rows = await session.scalars(
+        select(SubscriptionRow).where(
+            SubscriptionRow.organization_id == organization_id, SubscriptionRow.status.in_(LIVE)
         )
-        .order_by(SubscriptionRow.started_at, SubscriptionRow.id)
-        .offset(1)
-        .limit(1)
     )
-    found = rows.first()
-    return None if found is None else (found[0], found[1] or "")
+    able = sorted(
+        (row for row in rows if row.usage_item_id is not None or (row.has_dropped_usage and _is_billed(row, plans))),
+        key=lambda row: (_BILLS_FIRST.index(row.status), row.started_at, row.id),
+    )
+    for row in able[1:]:
+        if row.usage_item_id is not None:
+            return UsageItemChange(row.id, row.usage_item_id, is_newer=row.started_at >= able[0].started_at)
+    if able and able[0].usage_item_id is None:
+        return UsageItemChange(able[0].id, None)
+    return None
+
+
+def _is_billed(row: SubscriptionRow, plans: Plans) -> bool:
+    plan = plans.find(row.plan)
+    return plan is not None and plan.bills_usage
+
+
+async def mark_usage_dropped(
+    session: AsyncSession, subscription_id: str, *, is_dropped: bool, organization_id: OrganizationId
+) -> None:
+    """Remember that it was us who took a subscription's usage item off, or that it is back."""
+    await session.execute(
+        update(SubscriptionRow)
+        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == subscription_id)
+        .values(has_dropped_usage=is_dropped)
+    )

@@ -25,7 +25,7 @@ from core.ids import OrganizationId, new_id
 from metering.billing import marks
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.errors import StripeRefused
-from metering.billing.moving import FINAL, move_unbilled
+from metering.billing.moving import FINAL, move_unbilled, short_invoices
 from metering.billing.planning import billed_periods, identifier_of
 from metering.billing.stripe_api import StripeApi
 from metering.billing.tables import (
@@ -112,12 +112,23 @@ class Reconciler:
                 # A customer that was deleted at Stripe holds up no other.
                 found.refused += 1
                 _log.warning("stripe.refused", kind="customer", id=customer_id, code=error.code)
-        async with self._database.transaction() as session:
-            if may_repair:
-                found.moved = await move_unbilled(session, self._clock.now(), only=only)
-            if only is None and not is_doubt_only:
+        if may_repair:
+            found.moved = await self._move_unbilled(only)
+        if only is None and not is_doubt_only:
+            async with self._database.transaction() as session:
                 await marks.set_moment(session, RECONCILED_MARK, self._clock.now())
         return found
+
+    async def _move_unbilled(self, only: OrganizationId | None) -> int:
+        """Move what final invoices have not billed to the next ones, each by itself; return how many that were."""
+        now = self._clock.now()
+        async with self._database.transaction() as session:
+            invoices = await short_invoices(session, now, only=only)
+        moved = 0
+        for organization_id, invoice_id in invoices:
+            async with self._database.transaction() as session:
+                moved += await move_unbilled(session, invoice_id, now, organization_id=organization_id)
+        return moved
 
     async def _compare(self, asked: _Asked, since: datetime | None, found: Reconciled, *, may_repair: bool) -> None:
         now = self._clock.now()
@@ -260,7 +271,7 @@ async def _judge(
     if look.is_closed or look.mine.repairs >= REPAIRS_MAX or not look.mine.reports:
         state = "alert"
     elif stood and may_repair:
-        await _repair(session, asked, look, difference)
+        await _repair(session, asked, look, difference, now)
         state = "repaired"
     seen_at = row.seen_at if is_same and row is not None and state != "repaired" else now
     is_news = row is None or row.state != state
@@ -283,7 +294,7 @@ async def _judge(
         )
 
 
-async def _repair(session: AsyncSession, asked: _Asked, look: _Look, difference: int) -> None:
+async def _repair(session: AsyncSession, asked: _Asked, look: _Look, difference: int, now: datetime) -> None:
     """Report what makes Stripe's sum ours. What was unknown is settled by it, whichever way it was."""
     number = look.mine.repairs + 1
     session.add(
@@ -299,6 +310,7 @@ async def _repair(session: AsyncSession, asked: _Asked, look: _Look, difference:
             value=difference,
             identifier=identifier_of(asked.organization_id, asked.meter, look.hour, f"repair{number}"),
             state="new",
+            created_at=now,
         )
     )
     await _settle_unknown(session, asked, look.hour)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from keys import tenants
 from keys.errors import BILLING_PREFIX
+from metering.billing.ownership import lock_account
 from metering.billing.plans import Plans
 from metering.billing.tables import SubscriptionRow
 
@@ -74,16 +75,60 @@ async def settle_standing(
     if not plans.by_name:
         # No plans, or a file that could not be read: nothing follows from what is not there.
         return False
-    rows = await session.scalars(select(SubscriptionRow).where(SubscriptionRow.organization_id == organization_id))
-    standing = standing_of(list(rows), plans, now)
+    standing = await _standing(session, plans, now, organization_id=organization_id)
     organization = await tenants.get_organization(session, organization_id=organization_id)
     has_changed = False
     if standing.plan is not None and standing.plan != organization.plan:
         await tenants.set_plan(session, standing.plan, organization_id=organization_id)
         has_changed = True
+    return await _settle_status(session, standing, organization) or has_changed
+
+
+async def overdue_organizations(session: AsyncSession, plans: Plans, now: datetime) -> list[OrganizationId]:
+    """Return whose days of grace are over, and of whom nothing followed from that yet."""
+    if not plans.by_name:
+        return []
+    rows = await session.scalars(
+        select(SubscriptionRow.organization_id)
+        .where(
+            SubscriptionRow.status == "past_due",
+            ~SubscriptionRow.is_grace_over,
+            SubscriptionRow.past_due_since <= now - timedelta(days=plans.billing.grace_days),
+        )
+        .distinct()
+    )
+    return [OrganizationId(organization_id) for organization_id in rows]
+
+
+async def end_grace(session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId) -> None:
+    """Suspend an organization that did not pay, unless another subscription serves it: once, at the end of the grace.
+
+    What an operator gives or lifts afterwards stays, until something changes at Stripe.
+    """
+    await lock_account(session, organization_id=organization_id)
+    standing = await _standing(session, plans, now, organization_id=organization_id)
+    organization = await tenants.get_organization(session, organization_id=organization_id)
+    await _settle_status(session, standing, organization)
+    await session.execute(
+        update(SubscriptionRow)
+        .where(
+            SubscriptionRow.organization_id == organization_id,
+            SubscriptionRow.past_due_since <= now - timedelta(days=plans.billing.grace_days),
+        )
+        .values(is_grace_over=True)
+    )
+
+
+async def _standing(session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId) -> Standing:
+    rows = await session.scalars(select(SubscriptionRow).where(SubscriptionRow.organization_id == organization_id))
+    return standing_of(list(rows), plans, now)
+
+
+async def _settle_status(session: AsyncSession, standing: Standing, organization: tenants.Organization) -> bool:
+    """Suspend an organization or let it go on, unless an operator suspended it; tell whether that changed anything."""
     is_ours = organization.status == "active" or (organization.status_reason or "").startswith(BILLING_PREFIX)
     wanted = "active" if standing.suspended_for is None else "suspended"
-    if is_ours and (wanted, standing.suspended_for) != (organization.status, organization.status_reason):
-        await tenants.set_status(session, wanted, standing.suspended_for, organization_id=organization_id)
-        has_changed = True
-    return has_changed
+    if not is_ours or (wanted, standing.suspended_for) == (organization.status, organization.status_reason):
+        return False
+    await tenants.set_status(session, wanted, standing.suspended_for, organization_id=organization.id)
+    return True

@@ -357,7 +357,9 @@ def _translated() -> Generator[None]:
         raise StripeKeyRejected(type(error).__name__) from error
     except stripe.StripeError as error:
         status = error.http_status or 0
-        if 400 <= status < 500 and status != 409:
+        # Something else was asked under the same key before, and what became of that is open.
+        is_open = isinstance(error, stripe.IdempotencyError)
+        if 400 <= status < 500 and status != 409 and not is_open:
             param = getattr(error, "param", None)
             raise StripeRefused(str(error), code=_code_of(error), param=param, status=status) from error
         # 409: another request with the same idempotency key is still at work, so that the outcome is open.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Decimal
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
@@ -23,6 +23,14 @@ ORGANIZATION_METADATA: Final = "aap_organization"
 _MONTHS_OF: Final = {"month": Decimal(1), "year": Decimal(12), "week": Decimal(12) / 52, "day": Decimal(12) / 365}
 
 
+class MeteredItem(NamedTuple):
+    """A subscription's item that bills what a meter counts."""
+
+    id: str
+    meter_id: str | None
+    price_id: str
+
+
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A subscription. *plan* is None for one that we did not sell."""
 
@@ -32,8 +40,9 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     plan: str | None
     plan_item_id: str | None
     price_cents_per_month: int
-    metered: tuple[tuple[str, str | None], ...]
-    """The items that bill what a meter counts, and each one's meter."""
+    plan_price_ids: tuple[str, ...] = ()
+    """Of what recurs."""
+    metered: tuple[MeteredItem, ...]
     status: str
     started_at: datetime
     period_starts_at: datetime
@@ -148,7 +157,10 @@ def read_subscription(source: Json) -> Subscription:
         plan=(None if plan_item is None else _plan_of(plan_item)) or metadata.get(PLAN_METADATA),
         plan_item_id=None if plan_item is None else plan_item["id"],
         price_cents_per_month=sum(_cents_per_month(item) for item in items if not _is_metered(item)),
-        metered=tuple((item["id"], _meter_of(item)) for item in items if _is_metered(item)),
+        plan_price_ids=tuple(item["price"]["id"] for item in items if not _is_metered(item)),
+        metered=tuple(
+            MeteredItem(item["id"], _meter_of(item), item["price"]["id"]) for item in items if _is_metered(item)
+        ),
         status=source["status"],
         started_at=_moment(source.get("start_date") or source["created"]),
         period_starts_at=_moment(dated["current_period_start"]),

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Final
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     DateTime,
@@ -71,11 +72,19 @@ class SubscriptionRow(Table):
     plan_item_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
     usage_item_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
     """The item that bills usage; None where usage is not billed."""
+    usage_price_ids: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    """Every price that usage was ever billed at: an invoice's line of an item that is gone names its price only."""
+    plan_price_ids: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    """Every price that ever recurred."""
+    has_dropped_usage: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    """We took its usage item off, since another subscription billed the same usage; it comes back after that one."""
     started_at: Mapped[datetime] = mapped_column(_WHEN)
     trial_ends_at: Mapped[datetime | None] = mapped_column(_WHEN)
     cancel_at: Mapped[datetime | None] = mapped_column(_WHEN)
     ended_at: Mapped[datetime | None] = mapped_column(_WHEN)
     past_due_since: Mapped[datetime | None] = mapped_column(_WHEN)
+    is_grace_over: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    """What follows from the end of the days of grace was done: what an operator has done since stays."""
     period_starts_at: Mapped[datetime] = mapped_column(_WHEN)
     period_ends_at: Mapped[datetime] = mapped_column(_WHEN)
     read_at: Mapped[datetime] = mapped_column(_WHEN)
@@ -317,6 +326,8 @@ class TopUpRow(Table):
     cents: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[str] = mapped_column(_WORD, server_default="open")
     """open | paid | failed"""
+    payment_method_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
+    """Which card is charged: the same at every try, since a retry that asks for something else is refused."""
     payment_intent_id: Mapped[str | None] = mapped_column(_STRIPE_ID, unique=True)
     problem: Mapped[str | None] = mapped_column(Text)
     attempts: Mapped[int] = mapped_column(SmallInteger, server_default="0")

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import structlog
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -110,7 +110,9 @@ class TopUps:
         assert customer_id is not None
         if self._clock.now() - row.created_at >= _RETRY_MAX:
             return await self._look_for(row, customer_id)
-        method = await self._api.payment_method_of(customer_id)
+        method = row.payment_method_id or await self._api.payment_method_of(customer_id)
+        if method is not None:
+            method = await self._keep_method(row, method)
         if method is None:
             await self._fail(row, "there is no payment method")
             return False
@@ -127,6 +129,16 @@ class TopUps:
         async with self._database.transaction() as session:
             await prepaid.keep_payment(session, payment, self._clock.now())
         return payment.status == "succeeded"
+
+    async def _keep_method(self, row: TopUpRow, method: str) -> str | None:
+        """Write down which card is charged, before it is; return the one that was written down first."""
+        async with self._database.transaction() as session:
+            return await session.scalar(
+                update(TopUpRow)
+                .where(TopUpRow.organization_id == row.organization_id, TopUpRow.id == row.id)
+                .values(payment_method_id=func.coalesce(TopUpRow.payment_method_id, method))
+                .returning(TopUpRow.payment_method_id)
+            )
 
     async def _look_for(self, row: TopUpRow, customer_id: str) -> bool:
         """Find the payment of a top-up whose answer never came; Stripe may have forgotten the key by now."""

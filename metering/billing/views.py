@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
-from typing import Final
+from datetime import datetime
 
 import msgspec
 from sqlalchemy import and_, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
 
 from core.ids import OrganizationId
 from core.money import usd_text
 from keys.budgets import period_bounds
-from metering.billing import marks, prepaid, wallet
+from metering.billing import prepaid, wallet
 from metering.billing.meters import USAGE
 from metering.billing.standing import LIVE
 from metering.billing.stripe_objects import Subscription
 from metering.billing.tables import (
     BillingCustomerRow,
     InvoiceRow,
-    MeterCheckRow,
-    MeterCursorRow,
-    MeterReportRow,
-    StripeEventRow,
+    MeterWindowRow,
     SubscriptionRow,
-    UncollectedUsageRow,
     WalletPostingRow,
     WalletTransferRow,
 )
-from metering.billing.windows import hour_of, minute_of
+from metering.billing.windows import HOUR, hour_of, minute_of
 from metering.tables import SpendWindowRow
-
-_INVOICES_SHOWN: Final = timedelta(days=100)
-_STUCK_AFTER: Final = timedelta(hours=3)
-"""An hour's usage is reported within an hour and some minutes of its beginning."""
 
 
 class SubscriptionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,68 +84,12 @@ class WalletView(msgspec.Struct, frozen=True, kw_only=True):
     transfers: list[TransferView]
 
 
-class DifferenceView(msgspec.Struct, frozen=True, kw_only=True):
-    """An hour in which Stripe's sum is not ours, in the meter's unit."""
-
-    organization_id: str
-    meter: str
-    hour: datetime
-    ours: int
-    theirs: int
-    state: str
-    seen_at: datetime
-    checked_at: datetime
-
-
-class ParkedView(msgspec.Struct, frozen=True, kw_only=True):
-    """A meter of an organization of which nothing is reported, and why."""
-
-    organization_id: str
-    meter: str
-    reason: str
-
-
-class UncollectedView(msgspec.Struct, frozen=True, kw_only=True):
-    """Usage that no invoice takes any more, in nano-USD or tokens."""
-
-    organization_id: str
-    meter: str
-    window_starts_at: datetime
-    amount: int
-
-
-class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
-    """A final invoice that does not bill what was reported for its period, in micro-USD."""
-
-    organization_id: str
-    invoice_id: str
-    reported: int
-    invoiced: int
-
-
 class PresentCharge(msgspec.Struct, frozen=True, kw_only=True):
     """What was charged in a period so far."""
 
     charge_usd: str
     starts_at: datetime
     ends_at: datetime
-
-
-class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether Stripe agrees with the ledger, for the operator."""
-
-    agrees: bool
-    is_stuck: bool
-    """Reports wait for longer than Stripe is ever out of reach: the worker's log says why."""
-    reconciled_at: datetime | None
-    reports: dict[str, int]
-    """How many reports are in which state."""
-    oldest_open_at: datetime | None
-    events: dict[str, int]
-    differences: list[DifferenceView]
-    invoices: list[InvoiceDifferenceView]
-    parked: list[ParkedView]
-    uncollected: list[UncollectedView]
 
 
 async def current_subscription(session: AsyncSession, *, organization_id: OrganizationId) -> SubscriptionView | None:
@@ -275,108 +209,33 @@ async def present_charge(session: AsyncSession, now: datetime, *, organization_i
     starts_at, ends_at = period_bounds("month", now)
     if row is not None and row.period_starts_at <= now:
         starts_at, ends_at = row.period_starts_at, row.period_ends_at
-    first, own = hour_of(starts_at), SpendWindowRow.organization_id == organization_id
     charge = func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)
     total = await session.scalar(
-        select(charge).where(own, SpendWindowRow.seconds == 3600, SpendWindowRow.starts_at >= first)
-    )
-    # What came before, in the hour in which the period began; its minutes are kept for a week.
-    before = await session.scalar(
         select(charge).where(
-            own,
-            SpendWindowRow.seconds == 60,
-            SpendWindowRow.starts_at >= first,
-            SpendWindowRow.starts_at < minute_of(starts_at),
+            SpendWindowRow.organization_id == organization_id,
+            SpendWindowRow.seconds == 3600,
+            SpendWindowRow.starts_at >= hour_of(starts_at),
         )
     )
-    return PresentCharge(charge_usd=usd_text(int(total or 0) - int(before or 0)), starts_at=starts_at, ends_at=ends_at)
+    before = await _before(session, starts_at, organization_id=organization_id)
+    return PresentCharge(charge_usd=usd_text(int(total or 0) - before), starts_at=starts_at, ends_at=ends_at)
 
 
-async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100) -> ReconciliationView:
-    """Return what stands between the ledger and Stripe, of all organizations: *limit* of each kind at most."""
-    reports = await _by_state(session, MeterReportRow.state)
-    events = await _by_state(session, StripeEventRow.state)
-    oldest = await session.scalar(
-        select(func.min(MeterReportRow.created_at)).where(MeterReportRow.state.in_(("new", "sent", "unknown")))
+async def _before(session: AsyncSession, starts_at: datetime, *, organization_id: OrganizationId) -> int:
+    """Return what was charged before a period in the hour in which it began, in nano-USD."""
+    first, own = hour_of(starts_at), SpendWindowRow.organization_id == organization_id
+    charge = func.coalesce(func.sum(SpendWindowRow.charge_nano_usd), 0)
+    minutes = select(charge).where(
+        own, SpendWindowRow.seconds == 60, SpendWindowRow.starts_at >= first, SpendWindowRow.starts_at < first + HOUR
     )
-    differences = await _differences(session, limit)
-    invoices = await _invoice_differences(session, now, limit)
-    parked = [
-        ParkedView(organization_id=row.organization_id, meter=row.meter, reason=row.parked_for or "")
-        for row in await session.scalars(
-            select(MeterCursorRow).where(MeterCursorRow.parked_for.is_not(None)).limit(limit)
-        )
-    ]
-    waiting = await session.scalar(
-        select(func.min(func.coalesce(MeterReportRow.first_sent_at, MeterReportRow.event_at))).where(
-            MeterReportRow.state.in_(("new", "sent", "unknown"))
-        )
+    hour = select(charge).where(own, SpendWindowRow.seconds == 3600, SpendWindowRow.starts_at == first)
+    before = minutes.where(SpendWindowRow.starts_at < minute_of(starts_at))
+    # Minutes are kept for a week; by then the hour is planned, in windows that are cut where the period begins.
+    planned = select(func.coalesce(func.sum(MeterWindowRow.planned), 0)).where(
+        MeterWindowRow.organization_id == organization_id,
+        MeterWindowRow.meter == USAGE.event_name,
+        MeterWindowRow.starts_at >= first,
+        MeterWindowRow.starts_at < minute_of(starts_at),
     )
-    is_stuck = waiting is not None and now - waiting > _STUCK_AFTER
-    uncollected = [
-        UncollectedView(**{name: getattr(row, name) for name in UncollectedView.__struct_fields__})
-        for row in await session.scalars(
-            select(UncollectedUsageRow).order_by(UncollectedUsageRow.window_starts_at).limit(limit)
-        )
-    ]
-    return ReconciliationView(
-        agrees=not (differences or invoices or parked or uncollected or is_stuck or events.get("dead")),
-        is_stuck=is_stuck,
-        reconciled_at=await marks.moment(session, "reconciled"),
-        reports=reports,
-        oldest_open_at=oldest,
-        events=events,
-        differences=differences,
-        invoices=invoices,
-        parked=parked,
-        uncollected=uncollected,
-    )
-
-
-async def _by_state(session: AsyncSession, state: InstrumentedAttribute[str]) -> dict[str, int]:
-    rows = await session.execute(select(state, func.count()).group_by(state))
-    return {name: int(count) for name, count in rows}
-
-
-async def _differences(session: AsyncSession, limit: int) -> list[DifferenceView]:
-    rows = await session.scalars(
-        select(MeterCheckRow)
-        .where(MeterCheckRow.state != "agrees")
-        .order_by(MeterCheckRow.state, MeterCheckRow.hour)
-        .limit(limit)
-    )
-    return [DifferenceView(**{name: getattr(row, name) for name in DifferenceView.__struct_fields__}) for row in rows]
-
-
-async def _invoice_differences(session: AsyncSession, now: datetime, limit: int) -> list[InvoiceDifferenceView]:
-    """Return final invoices whose usage is not the sum of what was reported for their period."""
-    reported = (
-        select(func.coalesce(func.sum(MeterReportRow.value), 0))
-        .where(
-            MeterReportRow.organization_id == InvoiceRow.organization_id,
-            MeterReportRow.meter == USAGE.event_name,
-            MeterReportRow.event_at >= InvoiceRow.usage_starts_at,
-            MeterReportRow.event_at < InvoiceRow.usage_ends_at,
-            MeterReportRow.kind != "repair",
-            MeterReportRow.state != "refused",
-        )
-        .correlate(InvoiceRow)
-        .scalar_subquery()
-    )
-    rows = await session.execute(
-        select(InvoiceRow.organization_id, InvoiceRow.id, reported, InvoiceRow.usage_micro_usd)
-        .where(
-            InvoiceRow.usage_micro_usd.is_not(None),
-            InvoiceRow.status.in_(("open", "paid", "uncollectible")),
-            InvoiceRow.issued_at >= now - _INVOICES_SHOWN,
-            InvoiceRow.usage_micro_usd != reported,
-        )
-        .order_by(InvoiceRow.issued_at.desc())
-        .limit(limit)
-    )
-    return [
-        InvoiceDifferenceView(
-            organization_id=organization_id, invoice_id=invoice_id, reported=int(told), invoiced=int(invoiced or 0)
-        )
-        for organization_id, invoice_id, told, invoiced in rows
-    ]
+    has_minutes = await session.scalar(select(minutes.scalar_subquery() == hour.scalar_subquery()))
+    return int(await session.scalar(before if has_minutes else planned) or 0)

@@ -95,6 +95,10 @@ def due_windows(
                     due.append(Due(window_starts_at=starts_at, amount=owed, event_at=None))
             elif is_flush or now >= ends_at + SETTLING:
                 told = _told_at(starts_at, period, periods, now)
+                if period.is_trial and told.is_carried:
+                    # What a trial gave stays given, however late it is known.
+                    due.append(Due(window_starts_at=starts_at, amount=owed, event_at=None))
+                    continue
                 if told.at is not None:
                     due.append(_due(starts_at, owed, period, told))
                 elif not told.is_later:
@@ -108,8 +112,8 @@ def _due(starts_at: datetime, amount: int, period: Period, told: _Told) -> Due:
         amount=amount,
         event_at=told.at,
         is_carried=told.is_carried,
-        is_prepaid=period.is_prepaid,
-        is_free=period.is_trial and not told.is_carried,
+        is_prepaid=period.is_prepaid or told.is_prepaid,
+        is_free=period.is_trial,
     )
 
 
@@ -136,9 +140,9 @@ def _windows(
 
 
 def _period_at(moment: datetime, periods: Sequence[Period]) -> Period | None:
-    """Return the period that a window belongs to; a subscription's before a prepaid one."""
+    """Return the period that a window belongs to: one that is paid for before one that is not, credit last."""
     found = [p for p in periods if minute_of(p.starts_at) <= moment < minute_of(p.ends_at)]
-    return min(found, key=lambda period: period.is_prepaid, default=None)
+    return min(found, key=lambda p: (p.is_prepaid, p.is_included, p.is_trial, p.is_closed), default=None)
 
 
 class _Told(msgspec.Struct, frozen=True):
@@ -147,6 +151,8 @@ class _Told(msgspec.Struct, frozen=True):
     at: datetime | None
     is_carried: bool = False
     is_later: bool = False
+    is_prepaid: bool = False
+    """No invoice takes it, and credit does."""
 
 
 def _told_at(window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime) -> _Told:
@@ -157,6 +163,8 @@ def _told_at(window_starts_at: datetime, period: Period, periods: Sequence[Perio
         return _Told(max(window_starts_at, period.starts_at))
     present = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included) and hour_of(now) < p.ends_at]
     paying = [p for p in present if not p.is_trial]
+    if not paying and not present and any(p.is_prepaid and p.starts_at <= now for p in periods):
+        return _Told(hour_of(now), is_carried=True, is_prepaid=True)
     if not paying:
         # After a trial there may be one that is paid for.
         return _Told(None, is_carried=True, is_later=bool(present))

@@ -42,8 +42,8 @@ UNSCOPED_QUERIES = {
     ("metering/verify_redis.py", "_running"): "the operator is shown every organization's budgets",
     ("metering/billing/apply.py", "look_at_customers"): "a worker looks at everybody's subscriptions",
     ("metering/billing/apply.py", "look_at_overdue"): "a worker looks at everybody's subscriptions",
-    ("metering/billing/customers.py", "_remember"): "takes the organization as its first argument",
-    ("metering/billing/moving.py", "move_unbilled"): "a worker looks at everybody's invoices",
+    ("metering/billing/moving.py", "reported_for_invoice"): "the invoice is whose it is",
+    ("metering/billing/moving.py", "short_invoices"): "a worker looks at everybody's invoices",
     ("metering/billing/planning.py", "_paid_of"): "the cursor names its organization",
     ("metering/billing/projection.py", "forget_draft"): "the invoice is whose it is",
     ("metering/billing/projection.py", "drafts_of"): "the customer is whose it is",
@@ -74,9 +74,10 @@ UNSCOPED_QUERIES = {
     ("metering/billing/top_up.py", "round"): "a worker sees everybody's top-ups through",
     ("metering/billing/top_up.py", "_see_through"): "the top-up names its organization",
     ("metering/billing/top_up.py", "_fail"): "the top-up names its organization",
-    ("metering/billing/views.py", "reconciliation"): "the operator is shown every organization's",
-    ("metering/billing/views.py", "_differences"): "the operator is shown every organization's",
-    ("metering/billing/views.py", "_invoice_differences"): "the operator is shown every organization's",
+    ("metering/billing/agreement.py", "reconciliation"): "the operator is shown every organization's",
+    ("metering/billing/agreement.py", "_differences"): "the operator is shown every organization's",
+    ("metering/billing/agreement.py", "_invoice_differences"): "the operator is shown every organization's",
+    ("metering/billing/agreement.py", "_without_invoice"): "the operator is shown every organization's",
 }
 NOT_OURS = {".git", ".venv", ".data", ".peers", ".hypothesis", ".ruff_cache", "node_modules"}
 TENANT_ROWS = {

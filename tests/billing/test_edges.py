@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import tomllib
@@ -11,7 +12,7 @@ import msgspec
 import pytest
 
 from keys import tenants
-from metering.billing import emails, inbox, marks, prepaid, views
+from metering.billing import agreement, emails, inbox, marks, prepaid
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.export import Exported
 from metering.billing.mail_texts import text_of
@@ -219,8 +220,9 @@ async def test_cancelled_at_once_everything_is_invoiced_although_a_worker_was_at
     async with place.database.transaction() as session:
         claimed = await claim(session, worker._worker, place.clock.now(), limit=64)
     batches = await worker._prepared(claimed)
-    await place.customers.cancel(org, at_once=True)
+    ending = asyncio.create_task(place.customers.cancel(org, at_once=True))
     await worker._recorded(batches, await worker._sent(batches), Exported())
+    await ending
     for _ in range(240):
         place.pass_time(minutes=1)
         await place.export()
@@ -351,7 +353,7 @@ async def test_status_says_so_when_nothing_was_reported_for_days(place: BillingP
         place.pass_time(hours=2)
         await place.export()
     async with place.database.transaction() as session:
-        found = await views.reconciliation(session, place.clock.now())
+        found = await agreement.reconciliation(session, place.clock.now())
     assert not found.agrees
 
 
@@ -359,7 +361,7 @@ async def test_status_says_so_when_events_were_given_up(place: BillingPlace) -> 
     await place.subscriber()
     await place.rows("UPDATE stripe_events SET state = 'dead', problem = 'x' RETURNING 1")
     async with place.database.transaction() as session:
-        assert not (await views.reconciliation(session, place.clock.now())).agrees
+        assert not (await agreement.reconciliation(session, place.clock.now())).agrees
 
 
 async def test_a_worker_whose_clock_was_fast_stops_no_one(place: BillingPlace) -> None:

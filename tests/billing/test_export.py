@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import msgspec
 
-from metering.billing import views
+from metering.billing import agreement
 from metering.billing.export import Exporter
 from metering.billing.stripe_api import StripeApi
 from metering.billing.twin.engine.payments import attach
@@ -73,7 +73,7 @@ async def test_usage_that_no_invoice_takes_is_shown_to_the_operator(place: Billi
     place.pass_time(days=1, hours=1)
     await place.export()
     async with place.database.transaction() as session:
-        seen = await views.reconciliation(session, place.clock.now())
+        seen = await agreement.reconciliation(session, place.clock.now())
     assert (seen.agrees, [one.amount for one in seen.uncollected]) == (False, [7_000_000])
     checkout = await place.customers.subscribe(organization_id, "pro", PAGES)
     place.twin.complete_checkout(checkout.id)
@@ -82,7 +82,7 @@ async def test_usage_that_no_invoice_takes_is_shown_to_the_operator(place: Billi
     await place.export()
     assert await place.stripe_total(organization_id) == 7_000
     async with place.database.transaction() as session:
-        assert (await views.reconciliation(session, place.clock.now())).uncollected == []
+        assert (await agreement.reconciliation(session, place.clock.now())).uncollected == []
 
 
 async def test_an_agreement_made_by_hand_is_billed_and_keeps_the_plan(place: BillingPlace) -> None:

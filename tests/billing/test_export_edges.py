@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from datetime import timedelta
 
-from metering.billing import views
+from metering.billing import agreement
 from metering.billing.errors import StripeRefused
 from metering.billing.export import Exported
 from metering.billing.outbox import claim, request_flush, resume
@@ -158,7 +158,7 @@ async def test_what_cannot_be_collected_is_told(place: BillingPlace) -> None:
         await place.export()
     assert await place.stripe_total(org) == 1_000_000
     async with place.database.transaction() as session:
-        assert not (await views.reconciliation(session, place.clock.now())).agrees
+        assert not (await agreement.reconciliation(session, place.clock.now())).agrees
 
 
 async def test_the_stream_does_not_send_what_stood_still_for_a_day(books, stores) -> None:

@@ -19,18 +19,6 @@ async def _id_of(place: BillingPlace, org: str) -> str:
     return str(found)
 
 
-async def _other(place: BillingPlace, org) -> str:
-    """A second subscription, as an operator makes one in the dashboard to move a customer."""
-    before = set(place.twin.state.tables["subscription"])
-    checkout = place.twin.state  # noqa: F841
-    await place.rows("UPDATE subscriptions SET status = 'canceled' WHERE organization_id = :org RETURNING 1", org=org)
-    page = await place.customers.subscribe(org, "pro", PAGES)
-    await place.rows("UPDATE subscriptions SET status = 'active' WHERE organization_id = :org RETURNING 1", org=org)
-    place.twin.complete_checkout(page.id)
-    (made,) = set(place.twin.state.tables["subscription"]) - before
-    return made
-
-
 async def _keep(place: BillingPlace, session, subscription) -> None:
     read_at = await place.applier._read_at()
     await keep_subscription(session, subscription, place.plans, read_at=read_at, now=place.clock.now())
@@ -42,7 +30,7 @@ async def test_one_ends_while_another_begins(place: BillingPlace) -> None:
     async with place.database.transaction() as session:
         await prepaid.add_credit(session, Credit(cents=500, source="a"), place.clock.now(), organization_id=org)
     old = await _id_of(place, org)
-    new = await _other(place, org)
+    new = await place.second_subscription(org)
     await place.api.cancel_subscription(old)
     ended, begun = await place.api.get_subscription(old), await place.api.get_subscription(new)
     assert (ended.status, begun.status) == ("canceled", "active")
@@ -50,7 +38,7 @@ async def test_one_ends_while_another_begins(place: BillingPlace) -> None:
         await _keep(place, one, begun)
         read_at = await place.applier._read_at()
         other = asyncio.create_task(place.applier.keep(ended, read_at))
-        await asyncio.sleep(0.5)  # it has read the subscriptions by now, and waits for the organization's row
+        await place.held_up()
     await other
     # An hour later everything is read again.
     place.pass_time(hours=1)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from core.ids import OrganizationId
-from metering.billing import inbox, views
+from metering.billing import agreement, inbox
 from metering.billing.export import Exporter
 from metering.billing.meters import USAGE
 from metering.billing.stripe_api import StripeApi
@@ -50,7 +50,7 @@ class TestSumsThatAgree:
         found = await place.reconcile()
         assert (found.hours, found.difference, found.repaired, found.alerts) == (1, 0, 0, 0)
         async with place.database.transaction() as session:
-            assert (await views.reconciliation(session, place.clock.now())).agrees
+            assert (await agreement.reconciliation(session, place.clock.now())).agrees
 
 
 class TestALostEvent:
@@ -77,7 +77,7 @@ class TestALostEvent:
         found = await place.reconcile()
         assert (found.alerts, found.repaired) == (1, 0)
         async with place.database.transaction() as session:
-            seen = await views.reconciliation(session, place.clock.now())
+            seen = await agreement.reconciliation(session, place.clock.now())
         assert not seen.agrees
         assert [(one.reported, one.invoiced) for one in seen.invoices] == [(5_000, 0)]
 

@@ -61,7 +61,7 @@ async def test_two_top_ups_at_once_can_both_be_spent(place: BillingPlace) -> Non
     async with place.database.transaction() as one:
         await prepaid.add_credit(one, Credit(cents=1_000, source="a"), place.clock.now(), organization_id=org)
         other = asyncio.create_task(_add(place, org, 2_000, "b"))
-        await asyncio.sleep(0.5)  # it waits for the table's lock, with its sum made
+        await place.held_up()
     await other
     assert await _left(place, org) == 35 * _DOLLAR
     assert await _budget(place, org) == [(35 * _DOLLAR, True)]

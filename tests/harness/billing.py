@@ -26,9 +26,12 @@ from metering.billing.top_up import TopUps
 from metering.billing.twin.app import Twin
 from metering.billing.twin.options import TwinOptions
 from metering.billing.twin.server import TwinServer, serving
+from tests.harness.eventually import eventually
 from tests.harness.stripe_types import check_requests
 from tests.harness.tenant import new_tenant
 
+DOLLAR = 1_000_000_000
+"""In nano-USD."""
 START = datetime(2027, 1, 15, 12, 20, 30, tzinfo=UTC)
 PAGES = ReturnPages(success_url="https://example.com/paid", cancel_url="https://example.com/no")
 TABLES = (
@@ -106,6 +109,20 @@ class BillingPlace:
         await self.hear()
         return organization_id
 
+    async def second_subscription(self, organization_id: OrganizationId) -> str:
+        """Another one of the same prices, as an operator makes one in the dashboard; we have not heard of it yet."""
+        query = "SELECT id FROM subscriptions WHERE organization_id = :org"
+        ((first_id,),) = await self.rows(query, org=organization_id)
+        first = self.twin.state.tables["subscription"][str(first_id)]
+        made = await self.api._client.v1.subscriptions.create_async(
+            {
+                "customer": first["customer"],
+                "items": [{"price": item["price"]["id"]} for item in first["items"]["data"]],
+                "default_payment_method": first["default_payment_method"],
+            }
+        )
+        return made.id
+
     async def hear(self) -> None:
         """Learn what happened at Stripe, as a worker does after an outage."""
         await self.applier.catch_up()
@@ -126,6 +143,15 @@ class BillingPlace:
         await self.reconciler.round(since=since)
         self.pass_time(minutes=11)
         return await self.reconciler.round(since=since)
+
+    async def held_up(self, number: int = 1) -> None:
+        """Wait until so many transactions wait for a lock that another one has."""
+        query = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+        async def are_waiting() -> bool:
+            return len(await self.rows(query)) >= number
+
+        await eventually(are_waiting)
 
     def pass_time(self, **step: float) -> None:
         self.clock.advance(timedelta(**step))

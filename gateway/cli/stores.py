@@ -19,9 +19,11 @@ from core.ids import KeyId, OrganizationId
 from core.migrations import expected_revision, is_current
 from core.redis import connect
 from core.settings import Pepper, Settings, SettingsInvalid, load
+from core.telemetry import configure_logs
 from gateway.cli.common import fail
 from keys import lifecycle, lookup, tenants
 from keys.dimensions import LimitScope
+from keys.secrets import redact
 
 _T = TypeVar("_T")
 
@@ -36,11 +38,17 @@ class Stores(msgspec.Struct, frozen=True):
 
 
 def read_settings() -> Settings:
-    """Return the environment's settings, or end with every problem."""
+    """Return the environment's settings, or end with every problem.
+
+    Logs go to standard error from then on, so that what a command prints is its answer alone; and only what is not
+    routine. `aap serve` logs as its settings say.
+    """
     try:
-        return load(os.environ)
+        settings = load(os.environ)
     except SettingsInvalid as error:
         fail("the settings are not valid:\n  " + "\n  ".join(error.problems))
+    configure_logs(msgspec.structs.replace(settings.log, level="warning"), redact)
+    return settings
 
 
 def on_stores(act: Callable[[Stores], Awaitable[_T]], *, statement_seconds_max: float = 30.0) -> _T:

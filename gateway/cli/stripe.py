@@ -91,12 +91,13 @@ def reconcile(org: str | None, days: int, dry_run: bool, as_json: bool) -> None:
 
 
 @stripe_command.command("status")
+@click.option("--org", help="Only this organization.")
 @json_option
-def status(as_json: bool) -> None:
+def status(org: str | None, as_json: bool) -> None:
     """Show what stands between the ledger and Stripe, from what is known here. Exit code 1 when something does."""
     from gateway.cli import stripe_acts
 
-    found = stripe_acts.status()
+    found = stripe_acts.status(org)
     if as_json:
         print_json(found)
     else:
@@ -105,16 +106,53 @@ def status(as_json: bool) -> None:
         fail("something stands between the ledger and Stripe")
 
 
+@stripe_command.command("accept")
+@click.argument("org")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def accept(org: str, yes: bool, as_json: bool) -> None:
+    """Say that you have decided about what stands between the ledger and Stripe of an organization.
+
+    Alerts, differences of final invoices and usage that no invoice takes do not count any more, as they are now.
+    Nothing is changed at Stripe: credit or charge the customer there first.
+    """
+    from gateway.cli import stripe_acts
+
+    if as_json and not yes:
+        raise click.UsageError("--json asks nothing: give --yes")
+    if not yes:
+        _print_status(stripe_acts.status(org))
+        click.confirm("Have you decided about all of that?", abort=True)
+    done = stripe_acts.accept(org)
+    if as_json:
+        print_json(done)
+    else:
+        click.echo(
+            f"Accepted: {done.hours} hours, {done.invoices} invoices, {done.periods} periods without an invoice, "
+            f"{done.windows} windows of uncollected usage."
+        )
+
+
 @stripe_command.command("events")
 @click.option("--state", type=click.Choice(["new", "applied", "ignored", "dead"]), help="Only those.")
 @click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
 @click.option("--replay", metavar="EVENT", help="Apply this event again.")
 @click.option("--replay-dead", is_flag=True, help="Apply all again that were given up.")
+@click.option("--dismiss", metavar="EVENT", help="Leave this event, which was given up, as it is.")
 @json_option
-def events(state: str | None, limit: int, replay: str | None, replay_dead: bool, as_json: bool) -> None:
+def events(
+    state: str | None, limit: int, replay: str | None, replay_dead: bool, dismiss: str | None, as_json: bool
+) -> None:
     """List what Stripe told us, newest first, or have events applied again."""
     from gateway.cli import stripe_acts
 
+    if dismiss is not None:
+        stripe_acts.dismiss(dismiss)
+        if as_json:
+            print_json({"dismissed": 1})
+        else:
+            click.echo(f"{dismiss} does not count any more.")
+        return
     if replay is not None or replay_dead:
         count = stripe_acts.replay(replay)
         if as_json:

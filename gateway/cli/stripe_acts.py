@@ -17,6 +17,7 @@ from gateway.cli.common import fail
 from gateway.cli.stores import Stores, on_stores
 from keys.lookup import require_organization
 from metering.billing import agreement, catalog, inbox, outbox
+from metering.billing.accepting import Accepted, accept_differences
 from metering.billing.apply import Applier
 from metering.billing.catalog import CatalogChange
 from metering.billing.errors import StripeFailed
@@ -109,12 +110,25 @@ def reconcile(org: str | None, *, days: int, may_repair: bool) -> Compared:
     return _at_stripe(act)
 
 
-def status() -> agreement.ReconciliationView:
-    """Return what stands between the ledger and Stripe."""
+def status(org: str | None) -> agreement.ReconciliationView:
+    """Return what stands between the ledger and Stripe, of all organizations or of one."""
 
     async def act(stores: Stores) -> agreement.ReconciliationView:
+        only = await _chosen(stores, org)
         async with stores.database.transaction() as session:
-            return await agreement.reconciliation(session, SystemClock().now())
+            return await agreement.reconciliation(session, SystemClock().now(), only=only)
+
+    return on_stores(act)
+
+
+def accept(org: str) -> Accepted:
+    """Take what stands between the ledger and Stripe of an organization as decided about."""
+
+    async def act(stores: Stores) -> Accepted:
+        organization_id = await _chosen(stores, org)
+        assert organization_id is not None
+        async with stores.database.transaction() as session:
+            return await accept_differences(session, SystemClock().now(), organization_id=organization_id)
 
     return on_stores(act)
 
@@ -145,6 +159,17 @@ def replay(event_id: str | None) -> int:
         return count
 
     return on_stores(act)
+
+
+def dismiss(event_id: str) -> None:
+    """Let an event that was given up count no more."""
+
+    async def act(stores: Stores) -> None:
+        async with stores.database.transaction() as session:
+            if not await inbox.dismiss(session, event_id):
+                fail(f"there is no event {event_id} that was given up")
+
+    on_stores(act)
 
 
 def resume(org: str) -> int:

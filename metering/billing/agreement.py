@@ -6,10 +6,10 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
-from sqlalchemy import exists, func, select
+from sqlalchemy import ColumnElement, ScalarSelect, exists, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import InstrumentedAttribute
 
+from core.ids import OrganizationId
 from metering.billing import marks
 from metering.billing.meters import USAGE
 from metering.billing.moving import FINAL, reported_for_invoice
@@ -87,38 +87,32 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     uncollected: list[UncollectedView]
 
 
-async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100) -> ReconciliationView:
-    """Return what stands between the ledger and Stripe, of all organizations: *limit* of each kind at most."""
-    reports = await _by_state(session, MeterReportRow.state)
-    events = await _by_state(session, StripeEventRow.state)
-    oldest = await session.scalar(
-        select(func.min(MeterReportRow.created_at)).where(MeterReportRow.state.in_(("new", "sent", "unknown")))
-    )
-    differences = await _differences(session, limit)
-    invoices = await _invoice_differences(session, now, limit)
-    parked = [
-        ParkedView(organization_id=row.organization_id, meter=row.meter, reason=row.parked_for or "")
-        for row in await session.scalars(
-            select(MeterCursorRow).where(MeterCursorRow.parked_for.is_not(None)).limit(limit)
-        )
-    ]
+async def reconciliation(
+    session: AsyncSession, now: datetime, limit: int = 100, *, only: OrganizationId | None = None
+) -> ReconciliationView:
+    """Return what stands between the ledger and Stripe, of all organizations or of *only* one.
+
+    *limit* of each kind at most. Events are nobody's until they are applied, and are left out of one's.
+    """
+    is_open = (MeterReportRow.state.in_(("new", "sent", "unknown")), *_of(MeterReportRow, only))
+    oldest = await session.scalar(select(func.min(MeterReportRow.created_at)).where(*is_open))
     waiting = await session.scalar(
-        select(func.min(func.coalesce(MeterReportRow.first_sent_at, MeterReportRow.created_at))).where(
-            MeterReportRow.state.in_(("new", "sent", "unknown"))
-        )
+        select(func.min(func.coalesce(MeterReportRow.first_sent_at, MeterReportRow.created_at))).where(*is_open)
     )
     is_stuck = waiting is not None and now - waiting > _STUCK_AFTER
-    uncollected = [
-        UncollectedView(**{name: getattr(row, name) for name in UncollectedView.__struct_fields__})
-        for row in await session.scalars(
-            select(UncollectedUsageRow).order_by(UncollectedUsageRow.window_starts_at).limit(limit)
-        )
+    events = await _events_by_state(session) if only is None else {}
+    differences = await _differences(session, limit, organization_id=only)
+    invoices = [
+        *await _invoice_differences(session, now, limit, organization_id=only),
+        *await _without_invoice(session, now, limit, organization_id=only),
     ]
+    parked = await _parked(session, limit, organization_id=only)
+    uncollected = await _uncollected(session, limit, organization_id=only)
     return ReconciliationView(
         agrees=not (differences or invoices or parked or uncollected or is_stuck or events.get("dead")),
         is_stuck=is_stuck,
         reconciled_at=await marks.moment(session, "reconciled"),
-        reports=reports,
+        reports=await _reports_by_state(session, organization_id=only),
         oldest_open_at=oldest,
         events=events,
         differences=differences,
@@ -128,78 +122,144 @@ async def reconciliation(session: AsyncSession, now: datetime, limit: int = 100)
     )
 
 
-async def _by_state(session: AsyncSession, state: InstrumentedAttribute[str]) -> dict[str, int]:
-    rows = await session.execute(select(state, func.count()).group_by(state))
-    return {name: int(count) for name, count in rows}
+_Rows = (
+    type[MeterReportRow]
+    | type[MeterCheckRow]
+    | type[MeterCursorRow]
+    | type[InvoiceRow]
+    | type[BillingPeriodRow]
+    | type[UncollectedUsageRow]
+)
 
 
-async def _differences(session: AsyncSession, limit: int) -> list[DifferenceView]:
+def _of(rows: _Rows, organization_id: OrganizationId | None) -> list[ColumnElement[bool]]:
+    return [] if organization_id is None else [rows.organization_id == organization_id]
+
+
+async def _reports_by_state(session: AsyncSession, *, organization_id: OrganizationId | None) -> dict[str, int]:
+    rows = await session.execute(
+        select(MeterReportRow.state, func.count())
+        .where(*_of(MeterReportRow, organization_id))
+        .group_by(MeterReportRow.state)
+    )
+    return {state: int(count) for state, count in rows}
+
+
+async def _events_by_state(session: AsyncSession) -> dict[str, int]:
+    rows = await session.execute(select(StripeEventRow.state, func.count()).group_by(StripeEventRow.state))
+    return {state: int(count) for state, count in rows}
+
+
+async def _parked(session: AsyncSession, limit: int, *, organization_id: OrganizationId | None) -> list[ParkedView]:
+    rows = await session.scalars(
+        select(MeterCursorRow)
+        .where(MeterCursorRow.parked_for.is_not(None), *_of(MeterCursorRow, organization_id))
+        .order_by(MeterCursorRow.organization_id)
+        .limit(limit)
+    )
+    return [
+        ParkedView(organization_id=row.organization_id, meter=row.meter, reason=row.parked_for or "") for row in rows
+    ]
+
+
+async def _uncollected(
+    session: AsyncSession, limit: int, *, organization_id: OrganizationId | None
+) -> list[UncollectedView]:
+    rows = await session.scalars(
+        select(UncollectedUsageRow)
+        .where(UncollectedUsageRow.accepted_at.is_(None), *_of(UncollectedUsageRow, organization_id))
+        .order_by(UncollectedUsageRow.window_starts_at)
+        .limit(limit)
+    )
+    return [UncollectedView(**{name: getattr(row, name) for name in UncollectedView.__struct_fields__}) for row in rows]
+
+
+async def _differences(
+    session: AsyncSession, limit: int, *, organization_id: OrganizationId | None
+) -> list[DifferenceView]:
     rows = await session.scalars(
         select(MeterCheckRow)
-        .where(MeterCheckRow.state != "agrees")
+        .where(MeterCheckRow.state.not_in(("agrees", "accepted")), *_of(MeterCheckRow, organization_id))
         .order_by(MeterCheckRow.state, MeterCheckRow.hour)
         .limit(limit)
     )
     return [DifferenceView(**{name: getattr(row, name) for name in DifferenceView.__struct_fields__}) for row in rows]
 
 
-async def _invoice_differences(session: AsyncSession, now: datetime, limit: int) -> list[InvoiceDifferenceView]:
-    """Return final invoices whose usage is not what was reported for their period, and periods without an invoice."""
-    reported = reported_for_invoice()
+async def _invoice_differences(
+    session: AsyncSession, now: datetime, limit: int, *, organization_id: OrganizationId | None
+) -> list[InvoiceDifferenceView]:
+    """Return final invoices whose usage is not the sum of what was reported for their period."""
     rows = await session.execute(
-        select(InvoiceRow.organization_id, InvoiceRow.id, reported, InvoiceRow.usage_micro_usd)
-        .where(
-            InvoiceRow.usage_micro_usd.is_not(None),
-            InvoiceRow.status.in_(FINAL),
-            InvoiceRow.issued_at >= now - _INVOICES_SHOWN,
-            InvoiceRow.usage_micro_usd != reported,
-        )
+        select(InvoiceRow.organization_id, InvoiceRow.id, reported_for_invoice(), InvoiceRow.usage_micro_usd)
+        .where(*is_other(now), *_of(InvoiceRow, organization_id))
         .order_by(InvoiceRow.issued_at.desc())
         .limit(limit)
     )
-    found = [
+    return [
         InvoiceDifferenceView(
             organization_id=organization_id, invoice_id=invoice_id, reported=int(told), invoiced=int(invoiced or 0)
         )
         for organization_id, invoice_id, told, invoiced in rows
     ]
-    return [*found, *await _without_invoice(session, now, limit)]
 
 
-async def _without_invoice(session: AsyncSession, now: datetime, limit: int) -> list[InvoiceDifferenceView]:
+async def _without_invoice(
+    session: AsyncSession, now: datetime, limit: int, *, organization_id: OrganizationId | None
+) -> list[InvoiceDifferenceView]:
     """Return what was reported for periods that ended days ago and that no invoice has a line for, not even a draft."""
-    period = BillingPeriodRow
-    reported = (
-        select(func.coalesce(func.sum(MeterReportRow.value), 0))
-        .where(
-            MeterReportRow.organization_id == period.organization_id,
-            MeterReportRow.meter == USAGE.event_name,
-            MeterReportRow.event_at >= period.starts_at,
-            MeterReportRow.event_at < period.ends_at,
-            MeterReportRow.state != "refused",
-        )
-        .correlate(period)
-        .scalar_subquery()
-    )
-    has_invoice = exists().where(
-        InvoiceRow.organization_id == period.organization_id,
-        InvoiceRow.subscription_id == period.subscription_id,
-        InvoiceRow.usage_starts_at < period.ends_at,
-        InvoiceRow.usage_ends_at > period.starts_at,
-    )
     rows = await session.execute(
-        select(period.organization_id, reported)
-        .where(
-            period.is_metered,
-            ~period.is_trial,
-            ~period.is_closed,
-            period.ends_at.between(now - _INVOICES_SHOWN, now - _INVOICED_AFTER),
-            reported != 0,
-            ~has_invoice,
-        )
+        select(BillingPeriodRow.organization_id, reported_for_period())
+        .where(*is_without_invoice(now), *_of(BillingPeriodRow, organization_id))
+        .order_by(BillingPeriodRow.ends_at.desc())
         .limit(limit)
     )
     return [
         InvoiceDifferenceView(organization_id=organization_id, invoice_id=None, reported=int(told), invoiced=0)
         for organization_id, told in rows
     ]
+
+
+def reported_for_period() -> ScalarSelect[int]:
+    """Return, for a statement about periods, what was reported for each."""
+    return (
+        select(func.coalesce(func.sum(MeterReportRow.value), 0))
+        .where(
+            MeterReportRow.organization_id == BillingPeriodRow.organization_id,
+            MeterReportRow.meter == USAGE.event_name,
+            MeterReportRow.event_at >= BillingPeriodRow.starts_at,
+            MeterReportRow.event_at < BillingPeriodRow.ends_at,
+            MeterReportRow.state != "refused",
+        )
+        .correlate(BillingPeriodRow)
+        .scalar_subquery()
+    )
+
+
+def is_without_invoice(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    """Return what makes a period one that is over for days, and that has usage and no invoice."""
+    period = BillingPeriodRow
+    has_invoice = exists().where(
+        InvoiceRow.organization_id == period.organization_id,
+        InvoiceRow.subscription_id == period.subscription_id,
+        InvoiceRow.usage_starts_at < period.ends_at,
+        InvoiceRow.usage_ends_at > period.starts_at,
+    )
+    return (
+        period.is_metered.is_(True),
+        ~period.is_trial,
+        ~period.is_closed,
+        period.ends_at.between(now - _INVOICES_SHOWN, now - _INVOICED_AFTER),
+        reported_for_period() != 0,
+        ~has_invoice,
+    )
+
+
+def is_other(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    """Return what makes a final invoice one that bills other than what was reported for its period."""
+    return (
+        InvoiceRow.usage_micro_usd.is_not(None),
+        InvoiceRow.status.in_(FINAL),
+        InvoiceRow.issued_at >= now - _INVOICES_SHOWN,
+        InvoiceRow.usage_micro_usd + InvoiceRow.accepted_micro_usd != reported_for_invoice(),
+    )

@@ -164,6 +164,17 @@ async def fail(session: AsyncSession, event_id: str, problem: str, *, is_stripes
     return is_given_up
 
 
+async def dismiss(session: AsyncSession, event_id: str) -> bool:
+    """Let an event that was given up count no more; False where there is none."""
+    found = await session.scalar(
+        update(StripeEventRow)
+        .where(StripeEventRow.id == event_id, StripeEventRow.state == "dead")
+        .values(state="ignored")
+        .returning(StripeEventRow.id)
+    )
+    return found is not None
+
+
 async def replay(session: AsyncSession, event_id: str | None = None) -> int:
     """Have an event that was given up applied again, or (None) all of them; return how many."""
     statement = update(StripeEventRow).where(StripeEventRow.state == "dead")

@@ -30,6 +30,8 @@ from metering.billing.windows import HOUR
 
 FINAL: Final = ("open", "paid", "uncollectible")
 _COUNTED: Final = ("acked", "checked")
+_DECIDED: Final = ("alert", "accepted")
+"""Of hours: nothing will be found out about them by itself any more."""
 _UNDECIDED: Final = ("new", "sent", "unknown")
 _BACK: Final = timedelta(days=34)
 """Stripe takes usage of the last 35 days."""
@@ -51,7 +53,7 @@ async def short_invoices(
             InvoiceRow.usage_micro_usd.is_not(None),
             InvoiceRow.usage_starts_at >= now - _BACK - timedelta(days=31),
             ~InvoiceRow.has_other_lines,
-            InvoiceRow.usage_micro_usd < reported_for_invoice(),
+            InvoiceRow.usage_micro_usd + InvoiceRow.accepted_micro_usd < reported_for_invoice(),
         )
         .order_by(InvoiceRow.issued_at)
     )
@@ -137,7 +139,8 @@ def _of(invoice: InvoiceRow, organization_id: OrganizationId) -> tuple[ColumnEle
 async def _missing(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> int:
     """Return how much came too late for an invoice: nothing as long as something of its period is undecided.
 
-    What Stripe has lost is not late: it is in no sum of Stripe's, and a person decides about it.
+    What Stripe has lost is not late: it is in no sum of Stripe's, and a person decides about it. So has one about what
+    was accepted, which may be the same.
     """
     open_report = await session.scalar(
         select(MeterReportRow.id).where(*_of(invoice, organization_id), MeterReportRow.state.in_(_UNDECIDED)).limit(1)
@@ -152,13 +155,13 @@ async def _missing(session: AsyncSession, invoice: InvoiceRow, *, organization_i
         )
     )
     hours = [(state, int(difference)) for state, difference in differing]
-    if open_report is not None or any(state != "alert" for state, _ in hours):
+    if open_report is not None or any(state not in _DECIDED for state, _ in hours):
         return 0
     reported = await session.scalar(
         select(reported_for_invoice()).where(InvoiceRow.organization_id == organization_id, InvoiceRow.id == invoice.id)
     )
     lost = sum(max(difference, 0) for _, difference in hours)
-    return int(reported or 0) - (invoice.usage_micro_usd or 0) - lost
+    return int(reported or 0) - (invoice.usage_micro_usd or 0) - max(lost, invoice.accepted_micro_usd)
 
 
 async def _has_later_period(session: AsyncSession, invoice: InvoiceRow, *, organization_id: OrganizationId) -> bool:

@@ -297,15 +297,18 @@ async def _note_uncollected(
         UncollectedUsageRow.organization_id == organization_id,
         UncollectedUsageRow.meter == meter.event_name,
         UncollectedUsageRow.window_starts_at >= since,
+        UncollectedUsageRow.accepted_at.is_(None),
     )
     await session.execute(delete(UncollectedUsageRow).where(*own))
     for one in uncollected:
-        session.add(
-            UncollectedUsageRow(
-                organization_id=organization_id,
-                meter=meter.event_name,
-                window_starts_at=one.window_starts_at,
-                amount=one.amount,
-                seen_at=now,
-            )
+        values = {"amount": one.amount, "seen_at": now, "accepted_at": None}
+        key = {
+            "organization_id": organization_id,
+            "meter": meter.event_name,
+            "window_starts_at": one.window_starts_at,
+        }
+        await session.execute(
+            insert(UncollectedUsageRow)
+            .values(**key, **values)
+            .on_conflict_do_update(index_elements=list(key), set_=values)
         )

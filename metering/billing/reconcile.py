@@ -269,7 +269,8 @@ async def _judge(
     state = "waiting"
     # What we never reported is not ours to take back.
     if look.is_closed or look.mine.repairs >= REPAIRS_MAX or not look.mine.reports:
-        state = "alert"
+        is_decided = is_same and row is not None and row.state == "accepted"
+        state = "accepted" if is_decided else "alert"
     elif stood and may_repair:
         await _repair(session, asked, look, difference, now)
         state = "repaired"

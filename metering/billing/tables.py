@@ -127,6 +127,8 @@ class InvoiceRow(Table):
     """The quantity of the line that bills usage; None where there is no such line."""
     has_other_lines: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     """There are lines of neither the plan nor usage: what bills usage is then for a person to read."""
+    accepted_micro_usd: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """What was reported and is not billed by it, and that an operator has decided about."""
     usage_starts_at: Mapped[datetime | None] = mapped_column(_WHEN)
     usage_ends_at: Mapped[datetime | None] = mapped_column(_WHEN)
     page_url: Mapped[str | None] = mapped_column(Text)
@@ -224,6 +226,8 @@ class UncollectedUsageRow(Table):
     amount: Mapped[int] = mapped_column(BigInteger)
     """In the ledger's unit: nano-USD, or tokens."""
     seen_at: Mapped[datetime] = mapped_column(_WHEN)
+    accepted_at: Mapped[datetime | None] = mapped_column(_WHEN)
+    """When an operator decided about it: it counts as planned since."""
 
 
 OPEN_STATES: Final = ("new", "sent")
@@ -244,7 +248,8 @@ class MeterCheckRow(Table):
     ours: Mapped[int] = mapped_column(BigInteger)
     theirs: Mapped[int] = mapped_column(BigInteger)
     state: Mapped[str] = mapped_column(_WORD)
-    """waiting (seen once) | suspect (an error was reported) | repaired | alert (closed: a person decides) | agrees"""
+    """waiting (seen once) | suspect (an error was reported) | repaired | alert (closed: a person decides) | agrees |
+    accepted (a person has decided, about these two numbers)"""
     seen_at: Mapped[datetime] = mapped_column(_WHEN)
     """Since when the two numbers are as they are."""
     checked_at: Mapped[datetime] = mapped_column(_WHEN)

@@ -126,6 +126,7 @@ def upgrade() -> None:
         sa.Column("paid_cents", sa.BigInteger(), nullable=False),
         sa.Column("due_cents", sa.BigInteger(), nullable=False),
         sa.Column("usage_micro_usd", sa.BigInteger(), nullable=True),
+        sa.Column("accepted_micro_usd", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("has_other_lines", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("usage_starts_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("usage_ends_at", sa.DateTime(timezone=True), nullable=True),
@@ -292,6 +293,7 @@ def upgrade() -> None:
         sa.Column("window_starts_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("amount", sa.BigInteger(), nullable=False),
         sa.Column("seen_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("accepted_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_uncollected_usage_organization_id_organizations")
         ),

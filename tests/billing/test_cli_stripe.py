@@ -94,6 +94,35 @@ async def test_what_differs_ends_with_code_1(aap: Cli, books: Database) -> None:
     assert (await aap("stripe", "status")).code == 0
 
 
+async def test_what_was_decided_about_does_not_count_any_more(aap: Cli, books: Database) -> None:
+    organization = (await aap("orgs", "create", "Acme", "--json")).json()[0]["id"]
+    async with books.transaction() as session:
+        query = """
+        INSERT INTO meter_checks (organization_id, meter, hour, ours, theirs, state, seen_at, checked_at)
+        VALUES (:org, 'usage_micro_usd_v1', now() - interval '3 hours', 5, 3, 'alert', now(), now())
+        """
+        await session.execute(text(query), {"org": organization})
+    assert "give --yes" in (await aap("stripe", "accept", organization, "--json")).json_error()
+    asked = await aap("stripe", "accept", organization, stdin="n\n")
+    assert (asked.code, "alert" in asked.out) == (1, True)
+    assert (await aap("stripe", "status", "--org", organization)).code == 1
+    done = (await aap("stripe", "accept", organization, "--yes", "--json")).json()
+    assert done == {"hours": 1, "invoices": 0, "periods": 0, "windows": 0}
+    assert (await aap("stripe", "status")).code == 0
+
+
+async def test_an_event_that_can_never_be_applied_is_dismissed(aap: Cli, books: Database) -> None:
+    async with books.transaction() as session:
+        query = """
+        INSERT INTO stripe_events (id, type, object_id, occurred_at, state, source)
+        VALUES ('evt_1', 'invoice.paid', 'in_1', now(), 'dead', 'webhook')
+        """
+        await session.execute(text(query))
+    assert "no event evt_2" in (await aap("stripe", "events", "--dismiss", "evt_2", "--json")).json_error()
+    assert (await aap("stripe", "events", "--dismiss", "evt_1", "--json")).json() == {"dismissed": 1}
+    assert (await aap("stripe", "status")).code == 0
+
+
 async def test_events_that_were_given_up_are_listed_and_applied_again(aap: Cli, books: Database) -> None:
     async with books.transaction() as session:
         query = """

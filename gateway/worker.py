@@ -19,7 +19,7 @@ from core.database import DOWN, Database
 from core.redis import connect
 from core.settings import Settings, load
 from core.telemetry import configure_logs
-from gateway import idempotency_claims, lifeline, office_worker
+from gateway import back_office, idempotency_claims, lifeline
 from gateway.plan_file import PlanFile
 from keys.quota_pruning import prune_buckets
 from keys.secrets import redact
@@ -49,7 +49,7 @@ async def work(settings: Settings) -> None:
         SystemClock(),
         plans=PlanFile(settings.config_path).plans,
     )
-    tasks = [asyncio.create_task(metering.run()), asyncio.create_task(office_worker.run(settings))]
+    tasks = [asyncio.create_task(metering.run()), asyncio.create_task(back_office.run(settings))]
     if settings.stripe.api_key is not None:
         run_billing = import_module("gateway.billing_worker").run
         tasks.append(asyncio.create_task(run_billing(settings, PlanFile(settings.config_path).plans)))

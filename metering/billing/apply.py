@@ -19,6 +19,7 @@ from core.clock import Clock
 from core.database import Database, database_now
 from core.ids import OrganizationId
 from metering.billing import emails, inbox, marks, prepaid
+from metering.billing.account_status import end_grace, overdue_organizations
 from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.meters import Meter
@@ -34,7 +35,6 @@ from metering.billing.projection import (
     usage_item_change,
 )
 from metering.billing.reconcile import mark_suspect
-from metering.billing.standing import end_grace, overdue_organizations
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import Invoice, Subscription
 from metering.billing.tables import BillingCustomerRow, StripeEventRow, SubscriptionRow

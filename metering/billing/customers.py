@@ -22,6 +22,7 @@ from core.database import Database, database_now
 from core.ids import OrganizationId
 from keys import tenants
 from metering.billing import catalog
+from metering.billing.account_status import LIVE
 from metering.billing.apply import Applier
 from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import (
@@ -44,7 +45,6 @@ from metering.billing.ownership import keep_customer
 from metering.billing.plans import Plan, Plans
 from metering.billing.prepaid import TOP_UP_METADATA
 from metering.billing.returning import ReturnPages, check_url
-from metering.billing.standing import LIVE
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import ORGANIZATION_METADATA, Checkout, Subscription
 from metering.billing.tables import BillingCustomerRow, SubscriptionRow

@@ -20,7 +20,7 @@ from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
 from metering.billing.errors import StripeFailed, StripeOutcomeUnknown, StripeRefused, StripeThrottled
-from metering.billing.outbox import Batch, Outcome, Told, claim, count_due, prepare, record
+from metering.billing.outbox import Batch, Outcome, SendResult, claim, count_due, prepare, record
 from metering.billing.stripe_api import STREAM_EVENTS_MAX, StripeApi
 from metering.billing.stripe_objects import MeterEvent
 
@@ -72,8 +72,8 @@ class Exporter:
             if not claimed:
                 break
             batches = await self._prepared(claimed)
-            told = await (self._streamed(batches) if is_streamed else self._sent(batches))
-            await self._recorded(batches, told, exported)
+            results = await (self._streamed(batches) if is_streamed else self._sent(batches))
+            await self._recorded(batches, results, exported)
             if progress is not None:
                 progress(exported)
         return exported
@@ -89,100 +89,102 @@ class Exporter:
                 batches.append(batch)
         return batches
 
-    async def _sent(self, batches: Sequence[Batch]) -> list[Told]:
+    async def _sent(self, batches: Sequence[Batch]) -> list[SendResult]:
         """Send batches side by side, and the reports of each one after the other."""
         places = asyncio.Semaphore(_AT_ONCE)
 
-        async def send(batch: Batch) -> Told:
+        async def send(batch: Batch) -> SendResult:
             async with places:
                 return await self._send(batch)
 
         return await asyncio.gather(*(send(batch) for batch in batches))
 
-    async def _send(self, batch: Batch) -> Told:
-        told = Told(outcomes={})
+    async def _send(self, batch: Batch) -> SendResult:
+        result = SendResult(outcomes={})
         for report_id, event in batch.reports:
-            await self._tell_one(batch, report_id, event, told)
-            if told.outcomes.get(report_id) != "acked":
+            await self._tell_one(batch, report_id, event, result)
+            if result.outcomes.get(report_id) != "acked":
                 break
-        return told
+        return result
 
-    async def _tell_one(self, batch: Batch, report_id: str, event: MeterEvent, told: Told) -> None:
-        """Send one report, and note in *told* what came of it."""
+    async def _tell_one(self, batch: Batch, report_id: str, event: MeterEvent, result: SendResult) -> None:
+        """Send one report, and note in *result* what came of it."""
         if self._clock.now() >= batch.send_before:
-            told.failure = "the lease is about to end"
+            result.failure = "the lease is about to end"
             return
-        told.outcomes[report_id] = await self._tell(event, told)
-        if told.outcomes[report_id] == "refused":
-            told.refusal = (report_id, told.refusal_code or "refused")
-            _log.error("meter_report.refused", organization_id=batch.organization_id, code=told.refusal_code)
+        result.outcomes[report_id] = await self._tell(event, result)
+        if result.outcomes[report_id] == "refused":
+            result.refusal = (report_id, result.refusal_code or "refused")
+            _log.error("meter_report.refused", organization_id=batch.organization_id, code=result.refusal_code)
 
-    async def _tell(self, event: MeterEvent, told: Told) -> Outcome:
-        """Send one event; return what came of it, and note in *told* why it was not taken."""
+    async def _tell(self, event: MeterEvent, result: SendResult) -> Outcome:
+        """Send one event; return what came of it, and note in *result* why it was not taken."""
         try:
             await self._api.send_meter_event(event)
         except StripeRefused as error:
             if error.is_duplicate:
                 return "acked"
-            told.refusal_code = error.code
+            result.refusal_code = error.code
             return "refused"
         except StripeOutcomeUnknown as error:
-            told.failure, told.is_stripes = str(error), True
+            result.failure, result.is_stripes = str(error), True
             return "open"
         except StripeThrottled as error:
-            told.failure, told.is_stripes = str(error), not error.is_lock
+            result.failure, result.is_stripes = str(error), not error.is_lock
             return "not sent"
         except StripeFailed as error:
-            told.failure, told.is_stripes = f"{type(error).__name__}: {error}", True
+            result.failure, result.is_stripes = f"{type(error).__name__}: {error}", True
             return "not sent"
         return "acked"
 
-    async def _streamed(self, batches: Sequence[Batch]) -> list[Told]:
+    async def _streamed(self, batches: Sequence[Batch]) -> list[SendResult]:
         """Send the reports of all batches a hundred at a time: Stripe looks at each of them later."""
-        told = [Told(outcomes={}) for _ in batches]
+        results = [SendResult(outcomes={}) for _ in batches]
         events = [(index, *report) for index, batch in enumerate(batches) for report in batch.reports]
         for start in range(0, len(events), STREAM_EVENTS_MAX):
             chunk = events[start : start + STREAM_EVENTS_MAX]
             is_late = any(self._clock.now() >= batches[index].send_before for index, _, _ in chunk)
-            failure = "the lease is about to end" if is_late else await self._stream(batches, told, chunk)
+            failure = "the lease is about to end" if is_late else await self._stream(batches, results, chunk)
             if failure is not None:
                 for index, _, _ in events[start:]:
-                    told[index].failure = told[index].failure or failure
-                    told[index].is_stripes = not is_late
+                    results[index].failure = results[index].failure or failure
+                    results[index].is_stripes = not is_late
                 break
-        return told
+        return results
 
-    async def _stream(self, batches: Sequence[Batch], told: Sequence[Told], chunk: Sequence[_Addressed]) -> str | None:
-        """Send a chunk in one request, and note in *told* what came of it; return why the others need not be tried."""
+    async def _stream(
+        self, batches: Sequence[Batch], results: Sequence[SendResult], chunk: Sequence[_Addressed]
+    ) -> str | None:
+        """Send a chunk in one request, and note in *results* what came of it; return why no other need be tried."""
         failure: str | None = None
         outcome: Outcome = "acked"
         try:
             await self._api.stream_meter_events([event for _, _, event in chunk])
         except StripeRefused:
             # One of them is wrong, and Stripe does not say which.
-            return await self._tell_each(batches, told, chunk)
+            return await self._tell_each(batches, results, chunk)
         except StripeOutcomeUnknown as error:
             failure, outcome = str(error), "open"
         except StripeFailed as error:
             failure, outcome = f"{type(error).__name__}: {error}", "not sent"
         for index, report_id, _ in chunk:
-            told[index].outcomes[report_id] = outcome
+            results[index].outcomes[report_id] = outcome
         return failure
 
     async def _tell_each(
-        self, batches: Sequence[Batch], told: Sequence[Told], chunk: Sequence[_Addressed]
+        self, batches: Sequence[Batch], results: Sequence[SendResult], chunk: Sequence[_Addressed]
     ) -> str | None:
         """Send the events of a chunk by themselves: after one that is not taken, no other of its batch."""
         for index, report_id, event in chunk:
-            one = told[index]
+            one = results[index]
             if one.failure is None and one.refusal is None:
                 await self._tell_one(batches[index], report_id, event, one)
             if one.is_stripes:
                 return one.failure
         return None
 
-    async def _recorded(self, batches: Sequence[Batch], told: Sequence[Told], exported: Exported) -> None:
-        for batch, one in zip(batches, told, strict=True):
+    async def _recorded(self, batches: Sequence[Batch], results: Sequence[SendResult], exported: Exported) -> None:
+        for batch, one in zip(batches, results, strict=True):
             async with self._database.transaction() as session:
                 await record(session, self._worker, batch, one, self._clock.now())
             exported.turns += 1

@@ -55,7 +55,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """An invoice waits for late usage."""
 
 
-class Told(msgspec.Struct, kw_only=True):
+class SendResult(msgspec.Struct, kw_only=True):
     """What came of a batch: by report what Stripe said, and why the rest waits."""
 
     outcomes: dict[str, Outcome] = {}
@@ -158,11 +158,11 @@ async def prepare(
     )
 
 
-async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, now: datetime) -> None:
+async def record(session: AsyncSession, worker: str, batch: Batch, result: SendResult, now: datetime) -> None:
     """Write down what came of a batch, and when the next turn is. What Stripe said counts, whoever has the lease."""
     by_outcome: dict[str, list[str]] = {}
     for report_id, _ in batch.reports:
-        by_outcome.setdefault(told.outcomes.get(report_id, "not sent"), []).append(report_id)
+        by_outcome.setdefault(result.outcomes.get(report_id, "not sent"), []).append(report_id)
     own = (MeterReportRow.organization_id == batch.organization_id, MeterReportRow.meter == batch.meter)
     reports = update(MeterReportRow).where(*own)
     await session.execute(
@@ -172,18 +172,18 @@ async def record(session: AsyncSession, worker: str, batch: Batch, told: Told, n
     )
     await _put_back(session, by_outcome.get("not sent", []), own)
     cursor = await _held(session, worker, meter=batch.meter, organization_id=batch.organization_id)
-    if told.refusal is not None:
-        await _refuse(session, batch, told.refusal, cursor, now)
+    if result.refusal is not None:
+        await _refuse(session, batch, result.refusal, cursor, now)
     if cursor is None:
         return
     cursor.leased_until = cursor.leased_by = None
-    if told.failure is not None:
+    if result.failure is not None:
         cursor.failures += 1
         cursor.next_at = now + min(timedelta(seconds=2.0 ** min(cursor.failures, 16)), _BACK_OFF_MAX)
     else:
         cursor.failures = 0
         is_wanted = cursor.is_flush_due or cursor.next_at != batch.next_at
-        if batch.has_more or told.refusal is not None or is_wanted:
+        if batch.has_more or result.refusal is not None or is_wanted:
             cursor.next_at = now
         else:
             pause = until_next_hour(now) + _spread(batch.organization_id)

@@ -26,7 +26,7 @@ from metering.billing.tables import (
     MeterWindowRow,
     UncollectedUsageRow,
 )
-from metering.billing.windows import HOUR, Due, Hour, Period, Uncollected, due_windows, hour_of
+from metering.billing.windows import HOUR, DueUsage, Hour, Period, Uncollected, due_windows, hour_of
 from metering.tables import SpendWindowRow
 
 _FAR: Final = datetime(9999, 1, 1, tzinfo=UTC)
@@ -192,7 +192,7 @@ class _Writer:
         self._now = now
         self._credit = credit
 
-    async def write(self, due: Due) -> None:
+    async def write(self, due: DueUsage) -> None:
         """Plan one window's usage: a report of it, unless it comes to less than a unit or is nobody's to pay."""
         window = self._window(due.window_starts_at)
         window.planned += due.amount
@@ -230,7 +230,7 @@ class _Writer:
                 organization_id=OrganizationId(self._cursor.organization_id),
             )
 
-    async def _drawn(self, value: int, due: Due) -> int:
+    async def _drawn(self, value: int, due: DueUsage) -> int:
         """Return how much of *value* prepaid credit pays: as far as it goes, or all where nothing else does.
 
         Of what is taken back, credit gets what it paid of that window.

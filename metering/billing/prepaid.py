@@ -20,10 +20,10 @@ from keys.dimensions import BUDGET_LIMIT_MAX
 from keys.tables import BudgetRow
 from metering import budgets
 from metering.billing import emails, wallet
+from metering.billing.account_status import LIVE
 from metering.billing.meters import USAGE
 from metering.billing.ownership import lock_account, owner_of_customer
 from metering.billing.planning import open_cursors, owed
-from metering.billing.standing import LIVE
 from metering.billing.stripe_objects import Payment
 from metering.billing.tables import BillingCustomerRow, SubscriptionRow, TopUpRow
 from metering.tables import SpendWindowRow

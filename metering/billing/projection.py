@@ -11,13 +11,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import OrganizationId, new_id
 from keys import tenants
 from metering.billing import emails, prepaid
+from metering.billing.account_status import ENDED, LIVE, PAYING, settle_account_status
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
 from metering.billing.ownership import lock_account, owner_of_customer
 from metering.billing.planning import open_cursors
 from metering.billing.plans import Plans
-from metering.billing.standing import ENDED, LIVE, PAYING, settle_standing
 from metering.billing.stripe_objects import Invoice, Subscription, UsageLine
 from metering.billing.tables import (
     BillingPeriodRow,
@@ -76,7 +76,7 @@ async def keep_subscription(
         await prepaid.settle_gate(session, now, organization_id=organization_id)
     if before != (row.status, row.plan):
         # Only then: what an operator has given since stays.
-        await settle_standing(session, plans, now, organization_id=organization_id)
+        await settle_account_status(session, plans, now, organization_id=organization_id)
     return organization_id
 
 

@@ -12,8 +12,8 @@ from core.ids import OrganizationId
 from core.money import usd_text
 from keys.budgets import period_bounds
 from metering.billing import prepaid, wallet
+from metering.billing.account_status import LIVE
 from metering.billing.meters import USAGE
-from metering.billing.standing import LIVE
 from metering.billing.stripe_objects import Subscription
 from metering.billing.tables import (
     BillingCustomerRow,

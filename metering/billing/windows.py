@@ -41,7 +41,7 @@ class Hour(msgspec.Struct, frozen=True, kw_only=True):
     minutes: Mapping[datetime, int] = {}
 
 
-class Due(msgspec.Struct, frozen=True, kw_only=True):
+class DueUsage(msgspec.Struct, frozen=True, kw_only=True):
     """Usage of a window that is not planned yet. No *event_at*: nobody is to be told."""
 
     window_starts_at: datetime
@@ -76,12 +76,12 @@ def due_windows(
     now: datetime,
     *,
     is_flush: bool,
-) -> tuple[list[Due], list[Uncollected]]:
+) -> tuple[list[DueUsage], list[Uncollected]]:
     """Return what is to be reported now, oldest first, and what cannot be any more.
 
     *planned* is what was planned of each window. With *is_flush* windows that are not over count too.
     """
-    due: list[Due] = []
+    due: list[DueUsage] = []
     uncollected: list[Uncollected] = []
     for hour in sorted(hours, key=lambda hour: hour.starts_at):
         for starts_at, ends_at, amount in _windows(hour, planned, periods):
@@ -92,27 +92,27 @@ def due_windows(
             if period is None or period.is_included:
                 # Only a part of an hour is written off: the whole of one outside of all periods has no window.
                 if starts_at in planned or ends_at - starts_at < HOUR:
-                    due.append(Due(window_starts_at=starts_at, amount=owed, event_at=None))
+                    due.append(DueUsage(window_starts_at=starts_at, amount=owed, event_at=None))
             elif is_flush or now >= ends_at + SETTLING:
-                told = _told_at(starts_at, period, periods, now)
-                if period.is_trial and told.is_carried:
+                event_time = _event_time(starts_at, period, periods, now)
+                if period.is_trial and event_time.is_carried:
                     # What a trial gave stays given, however late it is known.
-                    due.append(Due(window_starts_at=starts_at, amount=owed, event_at=None))
+                    due.append(DueUsage(window_starts_at=starts_at, amount=owed, event_at=None))
                     continue
-                if told.at is not None:
-                    due.append(_due(starts_at, owed, period, told))
-                elif not told.is_later:
+                if event_time.at is not None:
+                    due.append(_due(starts_at, owed, period, event_time))
+                elif not event_time.is_later:
                     uncollected.append(Uncollected(window_starts_at=starts_at, amount=owed))
     return due, uncollected
 
 
-def _due(starts_at: datetime, amount: int, period: Period, told: _Told) -> Due:
-    return Due(
+def _due(starts_at: datetime, amount: int, period: Period, event_time: _EventTime) -> DueUsage:
+    return DueUsage(
         window_starts_at=starts_at,
         amount=amount,
-        event_at=told.at,
-        is_carried=told.is_carried,
-        is_prepaid=period.is_prepaid or told.is_prepaid,
+        event_at=event_time.at,
+        is_carried=event_time.is_carried,
+        is_prepaid=period.is_prepaid or event_time.is_prepaid,
         is_free=period.is_trial,
     )
 
@@ -145,7 +145,7 @@ def _period_at(moment: datetime, periods: Sequence[Period]) -> Period | None:
     return min(found, key=lambda p: (p.is_prepaid, p.is_included, p.is_trial, p.is_closed), default=None)
 
 
-class _Told(msgspec.Struct, frozen=True):
+class _EventTime(msgspec.Struct, frozen=True):
     """The time that Stripe is told. None: there is none, or (*is_later*) not yet."""
 
     at: datetime | None
@@ -155,20 +155,20 @@ class _Told(msgspec.Struct, frozen=True):
     """No invoice takes it, and credit does."""
 
 
-def _told_at(window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime) -> _Told:
+def _event_time(window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime) -> _EventTime:
     if period.is_prepaid:
-        return _Told(window_starts_at)
+        return _EventTime(window_starts_at)
     if not period.is_closed and now - window_starts_at < PAST_MAX:
         # A window is cut at the minute, a period begins at the second.
-        return _Told(max(window_starts_at, period.starts_at))
+        return _EventTime(max(window_starts_at, period.starts_at))
     present = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included) and hour_of(now) < p.ends_at]
     paying = [p for p in present if not p.is_trial]
     if not paying and not present and any(p.is_prepaid and p.starts_at <= now for p in periods):
-        return _Told(hour_of(now), is_carried=True, is_prepaid=True)
+        return _EventTime(hour_of(now), is_carried=True, is_prepaid=True)
     if not paying:
         # After a trial there may be one that is paid for.
-        return _Told(None, is_carried=True, is_later=bool(present))
-    return _Told(max(hour_of(now), max(paying, key=lambda p: p.starts_at).starts_at), is_carried=True)
+        return _EventTime(None, is_carried=True, is_later=bool(present))
+    return _EventTime(max(hour_of(now), max(paying, key=lambda p: p.starts_at).starts_at), is_carried=True)
 
 
 def until_next_hour(now: datetime) -> datetime:

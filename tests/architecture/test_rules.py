@@ -71,7 +71,7 @@ UNSCOPED_QUERIES = {
     ("metering/billing/reconcile.py", "_repair"): "what is asked names its organization",
     ("metering/billing/reconcile.py", "_settle_unknown"): "what is asked names its organization",
     ("metering/billing/reconcile.py", "mark_suspect"): "Stripe does not say whose reports it could not count",
-    ("metering/billing/standing.py", "overdue_organizations"): "a worker looks at everybody's subscriptions",
+    ("metering/billing/account_status.py", "overdue_organizations"): "a worker looks at everybody's subscriptions",
     ("metering/billing/top_up.py", "round"): "a worker sees everybody's top-ups through",
     ("metering/billing/top_up.py", "_see_through"): "the top-up names its organization",
     ("metering/billing/top_up.py", "_fail"): "the top-up names its organization",

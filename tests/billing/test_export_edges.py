@@ -5,6 +5,8 @@ from __future__ import annotations
 import tomllib
 from datetime import timedelta
 
+import msgspec
+
 from metering.billing import agreement
 from metering.billing.errors import StripeRefused
 from metering.billing.export import Exported
@@ -337,3 +339,21 @@ async def test_usage_within_the_grace_of_a_trial_converted_is_billed(place: Bill
         await place.export()
     rows = await place.rows("SELECT usage_micro_usd FROM invoices WHERE usage_micro_usd IS NOT NULL")
     assert sum(int(row[0]) for row in rows) == 7_000_000
+
+
+async def test_one_report_that_is_refused_holds_up_no_others_of_its_stream(books, stores) -> None:
+    async with billing_place(books, stores.pepper, stream_above=0) as place:
+        good, wrong = await place.subscriber(), await place.subscriber()
+        for org in (good, wrong):
+            await place.use(org, _DOLLAR, place.clock.now() + timedelta(minutes=1))
+        place.pass_time(hours=2)
+        worker, batches = await _in_flight(place)
+        for index, batch in enumerate(batches):
+            if batch.organization_id == wrong:
+                ((report_id, event),) = batch.reports
+                bad = (report_id, msgspec.structs.replace(event, identifier="x" * 101))
+                batches[index] = msgspec.structs.replace(batch, reports=(bad,))
+        await worker._recorded(batches, await worker._streamed(batches), Exported())
+        assert (await place.stripe_total(good), await place.stripe_total(wrong)) == (1_000_000, 0)
+        parked = await place.rows("SELECT organization_id FROM meter_cursors WHERE parked_for IS NOT NULL")
+        assert parked == [(wrong,)]

@@ -6,7 +6,7 @@ import asyncio
 
 from sqlalchemy import text
 
-from metering.billing.outbox import Told, claim, record
+from metering.billing.outbox import SendResult, claim, record
 from tests.billing.test_moving import late_usage, move
 from tests.harness.billing import DOLLAR, BillingPlace
 
@@ -31,7 +31,7 @@ async def test_a_refusal_while_late_usage_is_moved_locks_nobody_out(place: Billi
         id=report_id,
         window=moved,
     )
-    told = Told(outcomes={report_id: "refused"}, refusal=(report_id, "timestamp_too_far_in_past"))
+    told = SendResult(outcomes={report_id: "refused"}, refusal=(report_id, "timestamp_too_far_in_past"))
 
     async def refuse() -> None:
         async with place.database.transaction() as session:

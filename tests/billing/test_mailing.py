@@ -20,7 +20,7 @@ from core.ids import OrganizationId
 from core.mail import LogMailer, Mail
 from core.settings import MailSettings, Pepper
 from core.smtp import SmtpMailer
-from gateway.office_worker import OfficeWorker
+from gateway.back_office import BackOffice
 from metering.billing import emails
 from metering.billing.mail_texts import FactsUnreadable, text_of
 from metering.billing.mailing import ATTEMPTS_MAX, send_due
@@ -75,8 +75,8 @@ class Office:
         await self.run("UPDATE emails SET due_at = now() WHERE state = 'new'")
 
     @property
-    def worker(self) -> OfficeWorker:
-        return OfficeWorker(self.database, self.mailer, SystemClock())
+    def worker(self) -> BackOffice:
+        return BackOffice(self.database, self.mailer, SystemClock())
 
 
 def mailer_to(port: int) -> SmtpMailer:

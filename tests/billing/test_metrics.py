@@ -17,7 +17,7 @@ from core.clock import ManualClock
 from core.database import Database
 from core.ids import OrganizationId, new_id
 from core.mail import LogMailer
-from gateway.office_worker import OfficeWorker
+from gateway.back_office import BackOffice
 from keys.tenants import create_organization
 from metering.billing import metrics
 from metering.billing.metrics import DailyMetrics, DayNotOver, MetricsBusy
@@ -95,8 +95,8 @@ class Business:
             return [tuple(row) for row in await session.execute(text(query))]
 
     @property
-    def worker(self) -> OfficeWorker:
-        return OfficeWorker(self.database, LogMailer(), self.clock)
+    def worker(self) -> BackOffice:
+        return BackOffice(self.database, LogMailer(), self.clock)
 
 
 async def clear(database: Database) -> None:

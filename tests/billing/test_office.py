@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from core.database import Database
 from core.settings import load
-from gateway import office_worker
+from gateway import back_office
 from metering.billing import emails
 from tests.harness.billing import empty
 from tests.harness.eventually import eventually
@@ -33,7 +33,7 @@ async def test_everything_is_done_without_stripe(
         await emails.note(session, "trial_ending", "sub_1:1", facts, organization_id=organization_id)
     settings = load({**stores.environ(), "DATABASE_URL": books_url, "AAP_CONFIG": str(path)})
     assert settings.stripe.api_key is None
-    working = asyncio.create_task(office_worker.run(settings))
+    working = asyncio.create_task(back_office.run(settings))
 
     async def done() -> bool:
         query = (

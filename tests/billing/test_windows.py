@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metering.billing.windows import HOUR, Due, Hour, Period, due_windows, hour_of, minute_of
+from metering.billing.windows import HOUR, DueUsage, Hour, Period, due_windows, hour_of, minute_of
 
 TEN = datetime(2027, 1, 15, 10, tzinfo=UTC)
 MONTH = timedelta(days=31)
@@ -25,7 +25,7 @@ def _period(starts_at: datetime, ends_at: datetime | None = None, **more: bool) 
 
 def _due(
     hours: list[Hour], periods: list[Period], now: datetime, planned: dict[datetime, int] | None = None
-) -> list[Due]:
+) -> list[DueUsage]:
     return due_windows(hours, planned or {}, periods, now, is_flush=False)[0]
 
 

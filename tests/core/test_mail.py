@@ -142,8 +142,6 @@ class TestLog:
         ]
 
     def test_nothing_of_smtp_is_loaded_for_it(self) -> None:
-        code = (
-            "import sys, gateway.office_worker as w; print([n for n in ('aiosmtplib', 'stripe') if n in sys.modules])"
-        )
+        code = "import sys, gateway.back_office as w; print([n for n in ('aiosmtplib', 'stripe') if n in sys.modules])"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"

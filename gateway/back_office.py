@@ -27,7 +27,7 @@ _STATEMENT_SECONDS_MAX: Final = 120.0
 _log = structlog.get_logger(__name__)
 
 
-class OfficeWorker:
+class BackOffice:
     """Sends mails, writes down those that thresholds call for, and keeps metrics. Any number of workers may run."""
 
     def __init__(self, database: Database, mailer: Mailer, clock: Clock) -> None:
@@ -67,7 +67,7 @@ async def run(settings: Settings) -> None:
     plans = PlanPrices(database, PlanFile(settings.config_path).known_plans)
     try:
         async with asyncio.TaskGroup() as group:
-            group.create_task(OfficeWorker(database, mailer_for(settings.mail), SystemClock()).run())
+            group.create_task(BackOffice(database, mailer_for(settings.mail), SystemClock()).run())
             group.create_task(_forever(plans.keep, _PRICES_SECONDS))
     finally:
         await database.close()

@@ -35,14 +35,14 @@ _REASONS: Final = {
 _ENDED_FOR: Final = f"{BILLING_PREFIX}subscription_ended"
 
 
-class Standing(NamedTuple):
+class AccountStatus(NamedTuple):
     """A plan's name, or None for no change of it; and why the organization is suspended, or None."""
 
     plan: str | None
     suspended_for: str | None
 
 
-def standing_of(subscriptions: Sequence[SubscriptionRow], plans: Plans, now: datetime) -> Standing:
+def account_status_of(subscriptions: Sequence[SubscriptionRow], plans: Plans, now: datetime) -> AccountStatus:
     """Return what *subscriptions*, all that an organization ever had, come to.
 
     One that could not be paid from the start (incomplete) gives nothing. After the last has ended, the default plan
@@ -52,11 +52,11 @@ def standing_of(subscriptions: Sequence[SubscriptionRow], plans: Plans, now: dat
     if not live:
         has_ended = any(row.status == "canceled" for row in subscriptions)
         default = plans.billing.default_plan
-        return Standing(default if has_ended else None, _ENDED_FOR if has_ended and default is None else None)
+        return AccountStatus(default if has_ended else None, _ENDED_FOR if has_ended and default is None else None)
     best = min(live, key=lambda row: (_ORDER.index(row.status), -row.started_at.timestamp()))
     if best.status == "past_due" and not is_overdue(best, plans, now):
-        return Standing(best.plan or None, None)
-    return Standing(best.plan or None, _REASONS.get(best.status))
+        return AccountStatus(best.plan or None, None)
+    return AccountStatus(best.plan or None, _REASONS.get(best.status))
 
 
 def is_overdue(row: SubscriptionRow, plans: Plans, now: datetime) -> bool:
@@ -65,7 +65,7 @@ def is_overdue(row: SubscriptionRow, plans: Plans, now: datetime) -> bool:
     return since is not None and now - since >= timedelta(days=plans.billing.grace_days)
 
 
-async def settle_standing(
+async def settle_account_status(
     session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId
 ) -> bool:
     """Give an organization the plan and status that its subscriptions come to; tell whether anything changed.
@@ -75,13 +75,13 @@ async def settle_standing(
     if not plans.by_name:
         # No plans, or a file that could not be read: nothing follows from what is not there.
         return False
-    standing = await _standing(session, plans, now, organization_id=organization_id)
+    status = await _account_status(session, plans, now, organization_id=organization_id)
     organization = await tenants.get_organization(session, organization_id=organization_id)
     has_changed = False
-    if standing.plan is not None and standing.plan != organization.plan:
-        await tenants.set_plan(session, standing.plan, organization_id=organization_id)
+    if status.plan is not None and status.plan != organization.plan:
+        await tenants.set_plan(session, status.plan, organization_id=organization_id)
         has_changed = True
-    return await _settle_status(session, standing, organization) or has_changed
+    return await _settle_suspension(session, status, organization) or has_changed
 
 
 async def overdue_organizations(session: AsyncSession, plans: Plans, now: datetime) -> list[OrganizationId]:
@@ -106,9 +106,9 @@ async def end_grace(session: AsyncSession, plans: Plans, now: datetime, *, organ
     What an operator gives or lifts afterwards stays, until something changes at Stripe.
     """
     await lock_account(session, organization_id=organization_id)
-    standing = await _standing(session, plans, now, organization_id=organization_id)
+    status = await _account_status(session, plans, now, organization_id=organization_id)
     organization = await tenants.get_organization(session, organization_id=organization_id)
-    await _settle_status(session, standing, organization)
+    await _settle_suspension(session, status, organization)
     await session.execute(
         update(SubscriptionRow)
         .where(
@@ -119,16 +119,18 @@ async def end_grace(session: AsyncSession, plans: Plans, now: datetime, *, organ
     )
 
 
-async def _standing(session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId) -> Standing:
+async def _account_status(
+    session: AsyncSession, plans: Plans, now: datetime, *, organization_id: OrganizationId
+) -> AccountStatus:
     rows = await session.scalars(select(SubscriptionRow).where(SubscriptionRow.organization_id == organization_id))
-    return standing_of(list(rows), plans, now)
+    return account_status_of(list(rows), plans, now)
 
 
-async def _settle_status(session: AsyncSession, standing: Standing, organization: tenants.Organization) -> bool:
+async def _settle_suspension(session: AsyncSession, status: AccountStatus, organization: tenants.Organization) -> bool:
     """Suspend an organization or let it go on, unless an operator suspended it; tell whether that changed anything."""
     is_ours = organization.status == "active" or (organization.status_reason or "").startswith(BILLING_PREFIX)
-    wanted = "active" if standing.suspended_for is None else "suspended"
-    if not is_ours or (wanted, standing.suspended_for) == (organization.status, organization.status_reason):
+    wanted = "active" if status.suspended_for is None else "suspended"
+    if not is_ours or (wanted, status.suspended_for) == (organization.status, organization.status_reason):
         return False
-    await tenants.set_status(session, wanted, standing.suspended_for, organization_id=organization.id)
+    await tenants.set_status(session, wanted, status.suspended_for, organization_id=organization.id)
     return True

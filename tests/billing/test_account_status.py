@@ -13,7 +13,7 @@ from keys import tenants
 from keys.lifecycle import record_change
 from metering.billing import agreement, prepaid
 from metering.billing.errors import AlreadySubscribed, StripeFailed
-from metering.billing.outbox import Told, claim, record
+from metering.billing.outbox import SendResult, claim, record
 from metering.billing.prepaid import Credit
 from metering.billing.returning import ReturnPages
 from metering.billing.twin.engine.payments import attach
@@ -86,7 +86,9 @@ async def test_late_usage_that_was_just_planned_is_not_stuck(place: BillingPlace
         assert (await agreement.reconciliation(session, place.clock.now())).agrees
     # Stripe throttles once: it is put back as new.
     async with place.database.transaction() as session:
-        await record(session, exporter._worker, batches[0], Told(outcomes={}, failure="throttled"), place.clock.now())
+        await record(
+            session, exporter._worker, batches[0], SendResult(outcomes={}, failure="throttled"), place.clock.now()
+        )
     async with place.database.transaction() as session:
         assert (await agreement.reconciliation(session, place.clock.now())).agrees
 

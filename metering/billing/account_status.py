@@ -23,6 +23,8 @@ from metering.billing.tables import SubscriptionRow
 SERVED: Final = frozenset({"trialing", "active", "past_due"})
 ENDED: Final = frozenset({"canceled", "incomplete_expired"})
 LIVE: Final = SERVED | {"unpaid", "paused"}
+RENEWED: Final = LIVE - {"paused"}
+"""One period follows the other. A paused one's goes on when its owner says so."""
 PAYING: Final = frozenset({"active", "past_due"})
 """What recurs counts as revenue."""
 # Whichever comes first says what holds where there are several: an unpaid one takes nothing from one that is paid.

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from metering.billing import marks
+from metering.billing.account_status import RENEWED
 from metering.billing.meters import USAGE
 from metering.billing.moving import FINAL, reported_for_invoice
 from metering.billing.tables import (
@@ -20,6 +21,7 @@ from metering.billing.tables import (
     MeterCursorRow,
     MeterReportRow,
     StripeEventRow,
+    SubscriptionRow,
     UncollectedUsageRow,
 )
 
@@ -75,7 +77,8 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
 
     agrees: bool
     is_stuck: bool
-    """Reports wait for longer than Stripe is ever out of reach: the worker's log says why."""
+    """Reports wait, or a period is over and the next one is unknown, for longer than Stripe is ever out of reach: the
+    worker's log says why."""
     reconciled_at: datetime | None
     reports: dict[str, int]
     """How many reports are in which state."""
@@ -99,7 +102,8 @@ async def reconciliation(
     waiting = await session.scalar(
         select(func.min(func.coalesce(MeterReportRow.first_sent_at, MeterReportRow.created_at))).where(*is_open)
     )
-    is_stuck = waiting is not None and now - waiting > _STUCK_AFTER
+    has_waited = waiting is not None and now - waiting > _STUCK_AFTER
+    is_stuck = has_waited or await _has_unread_period(session, now, organization_id=only)
     events = await _events_by_state(session) if only is None else {}
     differences = await _differences(session, limit, organization_id=only)
     invoices = [
@@ -128,12 +132,28 @@ _Rows = (
     | type[MeterCursorRow]
     | type[InvoiceRow]
     | type[BillingPeriodRow]
+    | type[SubscriptionRow]
     | type[UncollectedUsageRow]
 )
 
 
 def _of(rows: _Rows, organization_id: OrganizationId | None) -> list[ColumnElement[bool]]:
     return [] if organization_id is None else [rows.organization_id == organization_id]
+
+
+async def _has_unread_period(session: AsyncSession, now: datetime, *, organization_id: OrganizationId | None) -> bool:
+    """Tell whether usage waits for a subscription's next period, of which we should have heard long since."""
+    unread = await session.scalar(
+        select(SubscriptionRow.id)
+        .where(
+            *_of(SubscriptionRow, organization_id),
+            SubscriptionRow.status.in_(RENEWED),
+            SubscriptionRow.ended_at.is_(None),
+            SubscriptionRow.period_ends_at < now - _STUCK_AFTER,
+        )
+        .limit(1)
+    )
+    return unread is not None
 
 
 async def _reports_by_state(session: AsyncSession, *, organization_id: OrganizationId | None) -> dict[str, int]:

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
 from metering.billing import wallet
+from metering.billing.account_status import RENEWED
 from metering.billing.meters import METERS, USAGE, VALUE_MAX, Meter
 from metering.billing.tables import (
     BillingCustomerRow,
@@ -24,6 +25,7 @@ from metering.billing.tables import (
     MeterCursorRow,
     MeterReportRow,
     MeterWindowRow,
+    SubscriptionRow,
     UncollectedUsageRow,
 )
 from metering.billing.windows import HOUR, DueUsage, Hour, Period, Uncollected, due_windows, hour_of
@@ -75,7 +77,10 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
 
 
 async def billed_periods(session: AsyncSession, *, organization_id: OrganizationId) -> list[Period]:
-    """Return the times in which an organization's usage is somebody's business: billed, included, or prepaid."""
+    """Return the times in which an organization's usage is somebody's business: billed, included, or prepaid.
+
+    Behind each subscription that goes on there is one of which nothing is known yet.
+    """
     rows = await session.scalars(
         select(BillingPeriodRow)
         .where(BillingPeriodRow.organization_id == organization_id)
@@ -91,6 +96,15 @@ async def billed_periods(session: AsyncSession, *, organization_id: Organization
         )
         for row in rows
     ]
+    # Stripe tells of a period when it has begun.
+    unknown_from = await session.scalars(
+        select(SubscriptionRow.period_ends_at).where(
+            SubscriptionRow.organization_id == organization_id,
+            SubscriptionRow.status.in_(RENEWED),
+            SubscriptionRow.ended_at.is_(None),
+        )
+    )
+    periods += [Period(starts_at=starts_at, ends_at=_FAR, is_pending=True) for starts_at in unknown_from]
     opened_at = await session.scalar(
         select(BillingCustomerRow.wallet_opened_at).where(BillingCustomerRow.organization_id == organization_id)
     )

@@ -31,6 +31,8 @@ class Period(msgspec.Struct, frozen=True, kw_only=True):
     """A subscription's whose price includes usage: it is told nobody, and takes no credit."""
     is_trial: bool = False
     """Usage is counted, and costs nothing: it takes no credit, and nothing is put off into it."""
+    is_pending: bool = False
+    """What follows a subscription's last period that we know of: whose usage in it is, is not known yet."""
 
 
 class Hour(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,35 +88,48 @@ def due_windows(
     for hour in sorted(hours, key=lambda hour: hour.starts_at):
         for starts_at, ends_at, amount in _windows(hour, planned, periods):
             owed = amount - planned.get(starts_at, 0)
-            if not owed:
-                continue
             period = _period_at(starts_at, periods)
+            if not owed or (period is not None and period.is_pending):
+                continue
             if period is None or period.is_included:
-                # Only a part of an hour is written off: the whole of one outside of all periods has no window.
-                if starts_at in planned or ends_at - starts_at < HOUR:
+                is_part = ends_at - starts_at < HOUR and _is_decided(starts_at, period, periods)
+                if starts_at in planned or is_part:
                     due.append(DueUsage(window_starts_at=starts_at, amount=owed, event_at=None))
             elif is_flush or now >= ends_at + SETTLING:
-                event_time = _event_time(starts_at, period, periods, now)
-                if period.is_trial and event_time.is_carried:
-                    # What a trial gave stays given, however late it is known.
-                    due.append(DueUsage(window_starts_at=starts_at, amount=owed, event_at=None))
-                    continue
-                if event_time.at is not None:
-                    due.append(_due(starts_at, owed, period, event_time))
-                elif not event_time.is_later:
-                    uncollected.append(Uncollected(window_starts_at=starts_at, amount=owed))
+                found = _billed(starts_at, owed, period, periods, now)
+                if isinstance(found, DueUsage):
+                    due.append(found)
+                elif found is not None:
+                    uncollected.append(found)
     return due, uncollected
 
 
-def _due(starts_at: datetime, amount: int, period: Period, event_time: _EventTime) -> DueUsage:
+def _billed(
+    starts_at: datetime, owed: int, period: Period, periods: Sequence[Period], now: datetime
+) -> DueUsage | Uncollected | None:
+    """Return what becomes of a window's usage in a period that is billed or drawn. None: it waits."""
+    event_time = _event_time(starts_at, period, periods, now)
+    if period.is_trial and event_time.is_carried:
+        # What a trial gave stays given, however late it is known.
+        return DueUsage(window_starts_at=starts_at, amount=owed, event_at=None)
+    if event_time.at is None:
+        return None if event_time.is_later else Uncollected(window_starts_at=starts_at, amount=owed)
     return DueUsage(
         window_starts_at=starts_at,
-        amount=amount,
+        amount=owed,
         event_at=event_time.at,
         is_carried=event_time.is_carried,
         is_prepaid=period.is_prepaid or event_time.is_prepaid,
         is_free=period.is_trial,
     )
+
+
+def _is_decided(starts_at: datetime, period: Period | None, periods: Sequence[Period]) -> bool:
+    """Tell whether a part of an hour is nobody's to pay for good; whole hours outside of all periods have no window.
+
+    What is behind the last period may be in one that we do not know of.
+    """
+    return period is not None or any(later.starts_at > starts_at for later in periods)
 
 
 def _windows(
@@ -142,7 +157,7 @@ def _windows(
 def _period_at(moment: datetime, periods: Sequence[Period]) -> Period | None:
     """Return the period that a window belongs to: one that is paid for before one that is not, credit last."""
     found = [p for p in periods if minute_of(p.starts_at) <= moment < minute_of(p.ends_at)]
-    return min(found, key=lambda p: (p.is_prepaid, p.is_included, p.is_trial, p.is_closed), default=None)
+    return min(found, key=lambda p: (p.is_prepaid, p.is_included, p.is_pending, p.is_trial, p.is_closed), default=None)
 
 
 class _EventTime(msgspec.Struct, frozen=True):
@@ -161,12 +176,13 @@ def _event_time(window_starts_at: datetime, period: Period, periods: Sequence[Pe
     if not period.is_closed and now - window_starts_at < PAST_MAX:
         # A window is cut at the minute, a period begins at the second.
         return _EventTime(max(window_starts_at, period.starts_at))
-    present = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included) and hour_of(now) < p.ends_at]
-    paying = [p for p in present if not p.is_trial]
+    invoiced = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included)]
+    present = [p for p in invoiced if hour_of(now) < p.ends_at and (p.starts_at <= now or not p.is_pending)]
+    paying = [p for p in present if not (p.is_trial or p.is_pending)]
     if not paying and not present and any(p.is_prepaid and p.starts_at <= now for p in periods):
         return _EventTime(hour_of(now), is_carried=True, is_prepaid=True)
     if not paying:
-        # After a trial there may be one that is paid for.
+        # After a trial, and after what we know of, there may be one that is paid for.
         return _EventTime(None, is_carried=True, is_later=bool(present))
     return _EventTime(max(hour_of(now), max(paying, key=lambda p: p.starts_at).starts_at), is_carried=True)
 

@@ -11,7 +11,7 @@ import pytest
 from metering.billing import agreement, prepaid
 from metering.billing.errors import BillingMisconfigured
 from metering.billing.export import Exported
-from metering.billing.outbox import claim
+from metering.billing.outbox import bring_forward, claim
 from metering.billing.plans import EXAMPLE, build_plans
 from metering.billing.prepaid import Credit
 from tests.harness.billing import DOLLAR, PAGES, BillingPlace
@@ -250,3 +250,30 @@ async def test_a_trial_ended_early_overlaps_nothing(place: BillingPlace) -> None
     await place.hear()
     rows = await place.rows("SELECT starts_at, ends_at FROM billing_periods ORDER BY starts_at")
     assert all(one[1] <= other[0] for one, other in zip(rows, rows[1:], strict=False)), rows
+
+
+@pytest.mark.parametrize("credit_cents", [0, 100])
+async def test_usage_after_a_renewal_that_was_not_heard_of_is_billed(place: BillingPlace, credit_cents: int) -> None:
+    """Stripe cannot be reached while the period ends: its last hour is planned, the rest of it waits."""
+    org = await place.subscriber()
+    if credit_cents:
+        async with place.database.transaction() as session:
+            credit = Credit(cents=credit_cents, source="a")
+            await prepaid.add_credit(session, credit, place.clock.now(), organization_id=org)
+    ((ends_at,),) = await place.rows("SELECT ends_at FROM billing_periods")
+    place.pass_time(seconds=(ends_at - place.clock.now()).total_seconds())
+    await place.use(org, 2 * DOLLAR, ends_at - timedelta(minutes=5))
+    await place.use(org, 3 * DOLLAR, ends_at + timedelta(minutes=5))
+    for hours in (1, 2, 30):
+        place.pass_time(hours=hours)
+        async with place.database.transaction() as session:
+            await bring_forward(session, place.clock.now(), is_flush=True)
+        await place.export()
+    async with place.database.transaction() as session:
+        assert (await agreement.reconciliation(session, place.clock.now())).is_stuck
+    await _days(place, 33)
+    drawn = credit_cents * 10_000
+    # The invoice of the ended period was final before we knew of it, so that the next one has all.
+    assert (_lines(place), await _billed(place)) == (5_000_000 - drawn, 5_000_000 - drawn)
+    async with place.database.transaction() as session:
+        assert await prepaid.left(session, place.clock.now(), organization_id=org) == 0

@@ -9,6 +9,7 @@ from metering.billing.windows import HOUR, DueUsage, Hour, Period, due_windows, 
 
 TEN = datetime(2027, 1, 15, 10, tzinfo=UTC)
 MONTH = timedelta(days=31)
+FAR = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 def _hour(total: int, starts_at: datetime = TEN, **minutes: int) -> Hour:
@@ -91,9 +92,40 @@ class TestUsageThatComesLate:
         assert (due, [one.amount for one in uncollected]) == ([], [5])
 
 
+class TestWhatFollowsTheLastPeriodThatIsKnown:
+    """A subscription has renewed at Stripe, and we have not heard of it yet."""
+
+    ends_at = TEN + timedelta(minutes=20, seconds=13)
+    last = _period(TEN - MONTH, ends_at)
+    unknown = _period(ends_at, FAR, is_pending=True)
+    credit = _period(TEN - MONTH, FAR, is_prepaid=True)
+    hour = _hour(100, m5=40, m30=60)
+
+    def test_waits(self) -> None:
+        (due,) = _due([self.hour], [self.last, self.unknown], TEN + 9 * HOUR)
+        assert (due.window_starts_at, due.amount) == (TEN, 40)
+
+    def test_takes_no_credit_meanwhile(self) -> None:
+        (due,) = _due([self.hour], [self.last, self.unknown, self.credit], TEN + 9 * HOUR)
+        assert (due.amount, due.is_prepaid) == (40, False)
+
+    def test_is_billed_once_the_next_one_is_known(self) -> None:
+        following = _period(self.ends_at)
+        (due,) = _due([self.hour], [self.last, following], TEN + 9 * HOUR, {TEN: 40})
+        assert (due.amount, due.event_at) == (60, self.ends_at)
+
+    def test_is_not_written_off_where_nothing_is_known(self) -> None:
+        assert [due.amount for due in _due([self.hour], [self.last], TEN + 9 * HOUR)] == [40]
+
+    def test_keeps_late_usage_from_being_given_up(self) -> None:
+        closed = _period(TEN - MONTH, self.ends_at, is_closed=True)
+        found = due_windows([self.hour], {}, [closed, self.unknown, self.credit], TEN + 9 * HOUR, is_flush=False)
+        assert found == ([], [])
+
+
 class TestPrepaid:
     def test_usage_is_a_subscriptions_first(self) -> None:
-        forever = Period(starts_at=TEN - MONTH, ends_at=datetime(9999, 1, 1, tzinfo=UTC), is_prepaid=True)
+        forever = _period(TEN - MONTH, FAR, is_prepaid=True)
         own = _period(TEN - HOUR)
         assert [due.is_prepaid for due in _due([_hour(5)], [forever, own], TEN + 3 * HOUR)] == [False]
         assert [due.is_prepaid for due in _due([_hour(5)], [forever], TEN + 3 * HOUR)] == [True]

@@ -205,6 +205,8 @@ def _print_status(found: Any) -> None:
         click.echo(
             f"No invoice takes {one.amount} (nano-USD or tokens) of {one.organization_id} from {one.window_starts_at}."
         )
+    for organization_id in found.doubled:
+        click.echo(f"{organization_id} has two subscriptions that bill usage, or none of those that should.")
     for one in found.parked:
         click.echo(f"Nothing is reported of {one.organization_id}: {one.reason}. See `aap stripe resume`.")
 

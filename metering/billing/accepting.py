@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
-from metering.billing.agreement import is_other, is_without_invoice
+from metering.billing.agreement import is_other, is_uninvoiced, uninvoiced_of_period
 from metering.billing.moving import reported_for_invoice
 from metering.billing.ownership import lock_account
 from metering.billing.tables import (
@@ -34,7 +34,7 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     hours: int
     invoices: int
     periods: int
-    """That are over, and have no invoice."""
+    """That are over, and of which no invoice bills something."""
     windows: int
     """Of usage that no invoice takes."""
 
@@ -57,8 +57,8 @@ async def accept_differences(session: AsyncSession, now: datetime, *, organizati
     )
     periods = await session.execute(
         update(BillingPeriodRow)
-        .where(BillingPeriodRow.organization_id == organization_id, *is_without_invoice(now))
-        .values(is_closed=True)
+        .where(BillingPeriodRow.organization_id == organization_id, *is_uninvoiced(now))
+        .values(accepted_micro_usd=uninvoiced_of_period())
         .returning(BillingPeriodRow.starts_at)
         .execution_options(synchronize_session=False)
     )

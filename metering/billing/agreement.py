@@ -6,12 +6,12 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
-from sqlalchemy import ColumnElement, ScalarSelect, exists, func, select
+from sqlalchemy import ColumnElement, ScalarSelect, and_, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
 from metering.billing import marks
-from metering.billing.account_status import RENEWED
+from metering.billing.account_status import LIVE, RENEWED
 from metering.billing.meters import USAGE
 from metering.billing.moving import FINAL, reported_for_invoice
 from metering.billing.tables import (
@@ -88,6 +88,8 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     invoices: list[InvoiceDifferenceView]
     parked: list[ParkedView]
     uncollected: list[UncollectedView]
+    doubled: list[str]
+    """Organizations whose usage is billed by two subscriptions, or by none that could."""
 
 
 async def reconciliation(
@@ -112,8 +114,9 @@ async def reconciliation(
     ]
     parked = await _parked(session, limit, organization_id=only)
     uncollected = await _uncollected(session, limit, organization_id=only)
+    doubled = await _doubled(session, limit, organization_id=only)
     return ReconciliationView(
-        agrees=not (differences or invoices or parked or uncollected or is_stuck or events.get("dead")),
+        agrees=not (differences or invoices or parked or uncollected or doubled or is_stuck or events.get("dead")),
         is_stuck=is_stuck,
         reconciled_at=await marks.moment(session, "reconciled"),
         reports=await _reports_by_state(session, organization_id=only),
@@ -123,6 +126,7 @@ async def reconciliation(
         invoices=invoices,
         parked=parked,
         uncollected=uncollected,
+        doubled=doubled,
     )
 
 
@@ -227,10 +231,10 @@ async def _invoice_differences(
 async def _without_invoice(
     session: AsyncSession, now: datetime, limit: int, *, organization_id: OrganizationId | None
 ) -> list[InvoiceDifferenceView]:
-    """Return what was reported for periods that ended days ago and that no invoice has a line for, not even a draft."""
+    """Return what was reported for periods that ended days ago and is within no invoice's line, not even a draft's."""
     rows = await session.execute(
-        select(BillingPeriodRow.organization_id, reported_for_period())
-        .where(*is_without_invoice(now), *_of(BillingPeriodRow, organization_id))
+        select(BillingPeriodRow.organization_id, uninvoiced_of_period())
+        .where(*is_uninvoiced(now), *_of(BillingPeriodRow, organization_id))
         .order_by(BillingPeriodRow.ends_at.desc())
         .limit(limit)
     )
@@ -240,8 +244,13 @@ async def _without_invoice(
     ]
 
 
-def reported_for_period() -> ScalarSelect[int]:
-    """Return, for a statement about periods, what was reported for each."""
+def uninvoiced_of_period() -> ScalarSelect[int]:
+    """Return, for a statement about periods, what was reported for each at times that no invoice bills."""
+    is_invoiced = exists().where(
+        InvoiceRow.organization_id == MeterReportRow.organization_id,
+        InvoiceRow.usage_starts_at <= MeterReportRow.event_at,
+        InvoiceRow.usage_ends_at > MeterReportRow.event_at,
+    )
     return (
         select(func.coalesce(func.sum(MeterReportRow.value), 0))
         .where(
@@ -249,30 +258,52 @@ def reported_for_period() -> ScalarSelect[int]:
             MeterReportRow.meter == USAGE.event_name,
             MeterReportRow.event_at >= BillingPeriodRow.starts_at,
             MeterReportRow.event_at < BillingPeriodRow.ends_at,
+            MeterReportRow.kind != "repair",
             MeterReportRow.state != "refused",
+            ~is_invoiced,
         )
         .correlate(BillingPeriodRow)
         .scalar_subquery()
     )
 
 
-def is_without_invoice(now: datetime) -> tuple[ColumnElement[bool], ...]:
-    """Return what makes a period one that is over for days, and that has usage and no invoice."""
+def is_uninvoiced(now: datetime) -> tuple[ColumnElement[bool], ...]:
+    """Return what makes a period one that is over for days, and of which there is usage that no invoice bills."""
     period = BillingPeriodRow
-    has_invoice = exists().where(
+    is_whole = exists().where(
         InvoiceRow.organization_id == period.organization_id,
-        InvoiceRow.subscription_id == period.subscription_id,
-        InvoiceRow.usage_starts_at < period.ends_at,
-        InvoiceRow.usage_ends_at > period.starts_at,
+        InvoiceRow.usage_starts_at <= period.starts_at,
+        InvoiceRow.usage_ends_at >= period.ends_at,
+    )
+    # A part that a change of the plan cut off is billed with the rest of the subscription's period.
+    is_to_come = exists().where(
+        SubscriptionRow.organization_id == period.organization_id,
+        SubscriptionRow.id == period.subscription_id,
+        SubscriptionRow.ended_at.is_(None),
+        SubscriptionRow.period_starts_at <= period.starts_at,
+        SubscriptionRow.period_ends_at > now - _INVOICED_AFTER,
     )
     return (
         period.is_metered.is_(True),
         ~period.is_trial,
-        ~period.is_closed,
         period.ends_at.between(now - _INVOICES_SHOWN, now - _INVOICED_AFTER),
-        reported_for_period() != 0,
-        ~has_invoice,
+        ~is_whole,
+        ~is_to_come,
+        uninvoiced_of_period() != period.accepted_micro_usd,
     )
+
+
+async def _doubled(session: AsyncSession, limit: int, *, organization_id: OrganizationId | None) -> list[str]:
+    """Return the organizations whose usage is billed by two subscriptions, or by none since we took the item off."""
+    billing = func.count(SubscriptionRow.usage_item_id)
+    rows = await session.scalars(
+        select(SubscriptionRow.organization_id)
+        .where(SubscriptionRow.status.in_(LIVE), *_of(SubscriptionRow, organization_id))
+        .group_by(SubscriptionRow.organization_id)
+        .having(or_(billing > 1, and_(billing == 0, func.bool_or(SubscriptionRow.has_dropped_usage))))
+        .limit(limit)
+    )
+    return list(rows)
 
 
 def is_other(now: datetime) -> tuple[ColumnElement[bool], ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from sqlalchemy import func, select
@@ -20,24 +20,16 @@ from core.database import Database, database_now
 from core.ids import OrganizationId
 from metering.billing import emails, inbox, marks, prepaid
 from metering.billing.account_status import end_grace, overdue_organizations
-from metering.billing.catalog_ids import sold_at
 from metering.billing.errors import StripeFailed, StripeRefused
 from metering.billing.meters import Meter
 from metering.billing.ownership import keep_address
 from metering.billing.plans import Plans
-from metering.billing.projection import (
-    UsageItemChange,
-    drafts_of,
-    forget_draft,
-    keep_invoice,
-    keep_subscription,
-    mark_usage_dropped,
-    usage_item_change,
-)
+from metering.billing.projection import drafts_of, forget_draft, keep_invoice, keep_subscription
 from metering.billing.reconcile import mark_suspect
 from metering.billing.stripe_api import StripeApi
 from metering.billing.stripe_objects import Invoice, Subscription
 from metering.billing.tables import BillingCustomerRow, StripeEventRow, SubscriptionRow
+from metering.billing.usage_items import UsageItems
 
 _LEASE: Final = timedelta(minutes=2)
 _CAUGHT_UP: Final = "events"
@@ -134,37 +126,13 @@ class Applier:
                 now=self._clock.now(),
                 meters=self._meters,
             )
-            change = None if owner is None else await usage_item_change(session, self._plans(), organization_id=owner)
-        if owner is not None and change is not None:
-            await self._change_usage_item(change, owner)
+        if owner is not None:
+            await self._usage_items.settle(subscription.customer_id, owner)
         return owner
 
-    async def _change_usage_item(self, change: UsageItemChange, organization_id: OrganizationId) -> None:
-        """Have one subscription bill usage, where two would, or none does any more."""
-        is_dropped = change.item_id is not None
-        _log.error("subscription.doubled" if is_dropped else "subscription.bills_again", id=change.subscription_id)
-        async with self._database.transaction() as session:
-            read_at = await database_now(session)
-            usage_price = (await sold_at(session)).usage_price
-            if is_dropped:
-                # Before Stripe is asked: else nobody would know that it was us.
-                await mark_usage_dropped(
-                    session, change.subscription_id, is_dropped=True, organization_id=organization_id
-                )
-        if not is_dropped and usage_price is None:
-            return  # `aap stripe sync` has still to be run
-        params: Any = {
-            "items": [{"id": change.item_id, "deleted": True} if is_dropped else {"price": usage_price}],
-            # What only the older one has billed so far is still owed.
-            "proration_behavior": "none" if change.is_newer or not is_dropped else "create_prorations",
-        }
-        changed = await self._api.update_subscription(change.subscription_id, params)
-        if not is_dropped:
-            async with self._database.transaction() as session:
-                await mark_usage_dropped(
-                    session, change.subscription_id, is_dropped=False, organization_id=organization_id
-                )
-        await self.keep(changed, read_at)
+    @property
+    def _usage_items(self) -> UsageItems:
+        return UsageItems(self._database, self._api, self._clock, self._plans, meters=self._meters)
 
     async def look_at_invoice(self, invoice_id: str) -> OrganizationId | None:
         """Read an invoice and its subscription, and keep both. None: it is not ours."""

@@ -154,6 +154,10 @@ class Customers:
             except AlreadySubscribed:
                 await self._close(checkout.id, organization_id)
                 raise
+            except BillingUnavailable:
+                # Nobody is shown ours: the other one is what may still be paid, and is to be closed before the next.
+                await self._swap_page(organization_id, other or "")
+                raise
         return checkout
 
     async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:

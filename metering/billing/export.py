@@ -15,11 +15,14 @@ from typing import Final
 
 import msgspec
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from core.clock import Clock
 from core.database import Database
 from core.ids import OrganizationId, new_id
+from metering.billing import prepaid
 from metering.billing.errors import StripeFailed, StripeOutcomeUnknown, StripeRefused, StripeThrottled
+from metering.billing.meters import METERS
 from metering.billing.outbox import Batch, Outcome, SendResult, claim, count_due, prepare, record
 from metering.billing.stripe_api import STREAM_EVENTS_MAX, StripeApi
 from metering.billing.stripe_objects import MeterEvent
@@ -87,7 +90,17 @@ class Exporter:
                 )
             if batch is not None:
                 batches.append(batch)
+                if METERS[meter].bills:
+                    await self._correct_gate(organization_id)
         return batches
+
+    async def _correct_gate(self, organization_id: OrganizationId) -> None:
+        """Keep the budget that credit comes to right; where settlements cannot be held up, the next turn does."""
+        try:
+            async with self._database.transaction() as session:
+                await prepaid.correct_gate(session, self._clock.now(), organization_id=organization_id)
+        except DBAPIError as error:
+            _log.warning("credit_budget.not_set", organization_id=organization_id, error=type(error.orig).__name__)
 
     async def _sent(self, batches: Sequence[Batch]) -> list[SendResult]:
         """Send batches side by side, and the reports of each one after the other."""

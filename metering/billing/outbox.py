@@ -12,8 +12,7 @@ from sqlalchemy import exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
-from metering.billing import prepaid
-from metering.billing.meters import METERS
+from metering.billing.meters import METERS, USAGE
 from metering.billing.ownership import lock_account
 from metering.billing.planning import plan_reports
 from metering.billing.stripe_objects import MeterEvent
@@ -125,8 +124,6 @@ async def prepare(
     cursor.leased_until = now + LEASE
     await _take_back_late(session, meter=meter, organization_id=organization_id)
     has_more = await plan_reports(session, cursor, now, limit=REPORTS_AT_ONCE)
-    if METERS[meter].bills:
-        await prepaid.correct_gate(session, now, organization_id=organization_id)
     own = (MeterReportRow.organization_id == organization_id, MeterReportRow.meter == meter)
     await session.execute(
         update(MeterReportRow)
@@ -314,12 +311,16 @@ async def bring_forward(
 
 
 async def open_work(session: AsyncSession, *, organization_id: OrganizationId) -> OpenWork:
-    """Return what stands between an organization's usage and Stripe, after a turn that was to report all of it."""
-    own = (MeterReportRow.organization_id == organization_id, MeterReportRow.state.in_(OPEN_STATES))
-    has_reports = await session.scalar(select(MeterReportRow.id).where(*own).limit(1)) is not None
+    """Return what stands between what is billed and Stripe, after a turn that was to report all of it."""
+    open_report = select(MeterReportRow.id).where(
+        MeterReportRow.organization_id == organization_id,
+        MeterReportRow.meter == USAGE.event_name,
+        MeterReportRow.state.in_(OPEN_STATES),
+    )
+    has_reports = await session.scalar(open_report.limit(1)) is not None
     rows = await session.execute(
         select(MeterCursorRow.parked_for, MeterCursorRow.is_flush_due, MeterCursorRow.leased_by).where(
-            MeterCursorRow.organization_id == organization_id
+            MeterCursorRow.organization_id == organization_id, MeterCursorRow.meter == USAGE.event_name
         )
     )
     cursors = list(rows)

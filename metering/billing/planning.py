@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import and_, delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -54,7 +54,8 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
         return False
     is_whole = cursor.is_flush_due or cursor.scanned_at is None or now - cursor.scanned_at >= _SCAN_EVERY
     earliest = max(hour_of(min(period.starts_at for period in periods)), hour_of(now) - _SCAN_BACK)
-    since = earliest if is_whole else max(earliest, hour_of(now) - RECENT)
+    noted = await _noted(session, meter, organization_id=organization_id)
+    since = min([earliest, *map(hour_of, noted)]) if is_whole else max(earliest, hour_of(now) - RECENT)
     hours = await _hours(session, meter, since, periods, organization_id=organization_id)
     rows = await _planned(session, meter, since, organization_id=organization_id)
     due, uncollected = due_windows(
@@ -67,13 +68,16 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
     writer = _Writer(session, cursor, meter, rows, now, credit=await _credit(session, meter, organization_id))
     for one in due[:limit]:
         await writer.write(one)
-    if is_whole and len(due) <= limit:
+    if len(due) > limit:
+        await session.flush()
+        return True
+    rest = [one if one.window_starts_at in noted else await writer.draw_late(one) for one in uncollected]
+    await _note_uncollected(session, meter, rest, since, now, organization_id=organization_id)
+    cursor.is_flush_due = False
+    if is_whole:
         cursor.scanned_at = now
-        await _note_uncollected(session, meter, uncollected, since, now, organization_id=organization_id)
-    if len(due) <= limit:
-        cursor.is_flush_due = False
     await session.flush()
-    return len(due) > limit
+    return False
 
 
 async def billed_periods(session: AsyncSession, *, organization_id: OrganizationId) -> list[Period]:
@@ -113,8 +117,8 @@ async def billed_periods(session: AsyncSession, *, organization_id: Organization
     return periods
 
 
-async def owed(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> int:
-    """Return the usage in nano-USD that is billed or drawn and is not planned yet, the present hour's included."""
+async def owed(session: AsyncSession, now: datetime, *, credit: int, organization_id: OrganizationId) -> int:
+    """Return what *credit* is still to pay of usage, in nano-USD; that of the present hour included."""
     periods = await billed_periods(session, organization_id=organization_id)
     if not periods:
         return 0
@@ -122,8 +126,23 @@ async def owed(session: AsyncSession, now: datetime, *, organization_id: Organiz
     hours = await _hours(session, USAGE, since, periods, organization_id=organization_id)
     rows = await _planned(session, USAGE, since, organization_id=organization_id)
     planned = {starts_at: row.planned for starts_at, row in rows.items()}
-    due, _ = due_windows(hours, planned, periods, now, is_flush=True)
-    return sum(one.amount for one in due if one.event_at is not None and not one.is_free)
+    due, uncollected = due_windows(hours, planned, periods, now, is_flush=True)
+    total = sum(one.amount for one in due if one.event_at is not None and not one.is_free)
+    noted = await _noted(session, USAGE, organization_id=organization_id)
+    late = sum(max(one.amount, 0) for one in uncollected if one.may_be_drawn and one.window_starts_at not in noted)
+    return total + min(late, max(credit - total, 0))
+
+
+async def _noted(session: AsyncSession, meter: Meter, *, organization_id: OrganizationId) -> set[datetime]:
+    """Return the windows of which usage is known to be uncollected, and waits for the operator to decide."""
+    rows = await session.scalars(
+        select(UncollectedUsageRow.window_starts_at).where(
+            UncollectedUsageRow.organization_id == organization_id,
+            UncollectedUsageRow.meter == meter.event_name,
+            UncollectedUsageRow.accepted_at.is_(None),
+        )
+    )
+    return set(rows)
 
 
 async def _hours(
@@ -135,35 +154,31 @@ async def _hours(
     organization_id: OrganizationId,
 ) -> list[Hour]:
     """Return what the ledger has by hour, and by minute of those hours that a period's bound falls into."""
-    totals = await _sums(session, meter, 3600, since, None, organization_id=organization_id)
     cut = {hour_of(bound) for period in periods for bound in (period.starts_at, period.ends_at)}
-    hours: list[Hour] = []
-    for starts_at, total in totals.items():
-        minutes: dict[datetime, int] = {}
-        if starts_at in cut:
-            minutes = await _sums(session, meter, 60, starts_at, starts_at + HOUR, organization_id=organization_id)
-        hours.append(Hour(starts_at=starts_at, total=total, minutes=minutes))
-    return hours
-
-
-async def _sums(
-    session: AsyncSession,
-    meter: Meter,
-    seconds: int,
-    since: datetime,
-    until: datetime | None,
-    *,
-    organization_id: OrganizationId,
-) -> dict[datetime, int]:
     window = SpendWindowRow
-    statement = (
-        select(window.starts_at, func.sum(meter.total()))
-        .where(window.organization_id == organization_id, window.seconds == seconds, window.starts_at >= since)
-        .group_by(window.starts_at)
+    hourly = and_(window.seconds == 3600, window.starts_at >= since)
+    by_minute = [
+        and_(window.seconds == 60, window.starts_at >= hour, window.starts_at < hour + HOUR)
+        for hour in cut
+        if since <= hour < _FAR
+    ]
+    # In one statement: a settlement between two would make an hour look as if its minutes were forgotten.
+    rows = await session.execute(
+        select(window.seconds, window.starts_at, func.sum(meter.total()))
+        .where(window.organization_id == organization_id, or_(hourly, *by_minute))
+        .group_by(window.seconds, window.starts_at)
     )
-    if until is not None:
-        statement = statement.where(window.starts_at < until)
-    return {starts_at: int(total) for starts_at, total in await session.execute(statement)}
+    totals: dict[datetime, int] = {}
+    minutes: dict[datetime, dict[datetime, int]] = {}
+    for seconds, starts_at, total in rows:
+        if seconds == 3600:
+            totals[starts_at] = int(total)
+        else:
+            minutes.setdefault(hour_of(starts_at), {})[starts_at] = int(total)
+    return [
+        Hour(starts_at=starts_at, total=total, minutes=minutes.get(starts_at, {}))
+        for starts_at, total in totals.items()
+    ]
 
 
 async def _planned(
@@ -244,6 +259,31 @@ class _Writer:
                 organization_id=OrganizationId(self._cursor.organization_id),
             )
 
+    async def draw_late(self, late: Uncollected) -> Uncollected:
+        """Have credit pay what came too late for every invoice, as far as it goes now; return the rest.
+
+        Only where there was credit at the time, and once: what is bought later is for what is used later. Of what is
+        taken back, credit gets what it paid.
+        """
+        if not (self._meter.bills and late.may_be_drawn):
+            return late
+        unit = self._meter.per_unit
+        if late.amount > 0:
+            part = min(late.amount, max(self._credit, 0) * unit)
+        else:
+            part = max(late.amount, -await self._paid_of(late.window_starts_at) * unit)
+        if part:
+            await self.write(
+                DueUsage(
+                    window_starts_at=late.window_starts_at,
+                    amount=part,
+                    event_at=hour_of(self._now),
+                    is_carried=True,
+                    is_prepaid=True,
+                )
+            )
+        return Uncollected(window_starts_at=late.window_starts_at, amount=late.amount - part)
+
     async def _drawn(self, value: int, due: DueUsage) -> int:
         """Return how much of *value* prepaid credit pays: as far as it goes, or all where nothing else does.
 
@@ -315,6 +355,8 @@ async def _note_uncollected(
     )
     await session.execute(delete(UncollectedUsageRow).where(*own))
     for one in uncollected:
+        if not one.amount:
+            continue
         values = {"amount": one.amount, "seen_at": now, "accepted_at": None}
         key = {
             "organization_id": organization_id,

@@ -112,7 +112,7 @@ async def left(session: AsyncSession, now: datetime, *, organization_id: Organiz
     credit = await wallet.balance(session, organization_id=organization_id)
     if not await _has_wallet(session, organization_id=organization_id):
         return credit
-    return credit - await owed(session, now, organization_id=organization_id)
+    return credit - await owed(session, now, credit=credit, organization_id=organization_id)
 
 
 async def is_gated(session: AsyncSession, *, organization_id: OrganizationId) -> bool:
@@ -158,8 +158,9 @@ async def _limit(session: AsyncSession, now: datetime, *, organization_id: Organ
 async def correct_gate(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> None:
     """Set the budget anew where it is not what credit comes to: what an invoice paid was corrected, or came late.
 
-    The account is locked by this transaction. Changes nothing, and holds up no settlement, where the two agree.
+    Changes nothing, and holds up no settlement, where the two agree.
     """
+    await lock_account(session, organization_id=organization_id)
     limit = await session.scalar(
         select(BudgetRow.limit_nano_usd).where(
             BudgetRow.organization_id == organization_id, BudgetRow.scope == "credit"

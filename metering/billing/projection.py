@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import OrganizationId, new_id
 from keys import tenants
 from metering.billing import emails, prepaid
-from metering.billing.account_status import ENDED, LIVE, PAYING, settle_account_status
+from metering.billing.account_status import ENDED, PAYING, settle_account_status
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
@@ -26,8 +26,8 @@ from metering.billing.tables import (
     SubscriptionRow,
 )
 
-# Of several that could bill usage: one that is paid, or will be.
-_BILLS_FIRST: Final = ("active", "past_due", "trialing", "unpaid", "paused")
+_NEVER_BEGAN: Final = frozenset({"incomplete", "incomplete_expired"})
+"""Of subscriptions whose first payment has not come, or not yet."""
 _FINAL: Final = frozenset({"open", "paid", "void", "uncollectible"})
 
 
@@ -61,7 +61,8 @@ async def keep_subscription(
     _fill(row, subscription, read_at, now)
     await _keep_usage_item(session, row, subscription)
     await session.flush()
-    await _keep_period(session, row, now, organization_id=organization_id)
+    if row.status not in _NEVER_BEGAN:
+        await _keep_period(session, row, now, subscription, organization_id=organization_id)
     if row.usage_item_id is not None:
         await open_cursors(session, meters, organization_id=organization_id)
     await _keep_revenue(session, row, now, organization_id=organization_id)
@@ -109,9 +110,17 @@ async def _keep_usage_item(session: AsyncSession, row: SubscriptionRow, subscrip
 
 
 async def _keep_period(
-    session: AsyncSession, row: SubscriptionRow, now: datetime, *, organization_id: OrganizationId
+    session: AsyncSession,
+    row: SubscriptionRow,
+    now: datetime,
+    subscription: Subscription,
+    *,
+    organization_id: OrganizationId,
 ) -> None:
-    """Keep the present period; one in which usage begins or ceases to be billed is cut there, as of now."""
+    """Keep the present period; one in which usage begins or ceases to be billed is cut there.
+
+    By Stripe's time where it begins, which the item has; as of now where it ceases, since nothing tells when that was.
+    """
     ends_at = min(row.period_ends_at, row.ended_at or row.period_ends_at)
     kind = (row.usage_item_id is not None, row.status == "trialing")
     last = await session.scalar(
@@ -126,12 +135,16 @@ async def _keep_period(
     )
     starts_at = row.period_starts_at
     if last is not None:
-        if last.is_closed:
+        if last.is_closed and kind == (last.is_metered, last.is_trial):
             return
         if kind == (last.is_metered, last.is_trial) or row.status in ENDED:
             last.ends_at = max(ends_at, last.starts_at)
             return
         cut_at = now.replace(microsecond=0)
+        item = next((one for one in subscription.metered if one.id == row.usage_item_id), None)
+        if kind[0] and not last.is_metered and item is not None and item.created_at is not None:
+            # By Stripe's clock, which says from when on it bills.
+            cut_at = item.created_at
         if cut_at >= ends_at:
             # It is over: what it was is what it stays.
             return
@@ -296,7 +309,8 @@ async def _close_period(
         .where(
             BillingPeriodRow.organization_id == organization_id,
             BillingPeriodRow.subscription_id == subscription_id,
-            BillingPeriodRow.starts_at >= usage.starts_at,
+            BillingPeriodRow.is_metered,
+            BillingPeriodRow.ends_at > usage.starts_at,
             BillingPeriodRow.starts_at < usage.ends_at,
         )
         .values(is_closed=True)
@@ -334,53 +348,3 @@ async def forget_draft(session: AsyncSession, invoice_id: str) -> OrganizationId
     if row.status == "draft":
         row.status = "deleted"
     return OrganizationId(row.organization_id)
-
-
-class UsageItemChange(NamedTuple):
-    """What is to be done so that one subscription bills usage: take *item_id* off, or (None) put the item on."""
-
-    subscription_id: str
-    item_id: str | None
-    is_newer: bool = False
-    """Whether the one that goes on billing has billed all that this one has."""
-
-
-async def usage_item_change(
-    session: AsyncSession, plans: Plans, *, organization_id: OrganizationId
-) -> UsageItemChange | None:
-    """Return what keeps an organization's usage from being billed twice, or by nobody; None where it is once.
-
-    The meter is the customer's: each of two subscriptions would bill all of it. The one that is paid does, the oldest
-    of several. One whose item we took off for that has it back when no other bills usage.
-    """
-    rows = await session.scalars(
-        select(SubscriptionRow).where(
-            SubscriptionRow.organization_id == organization_id, SubscriptionRow.status.in_(LIVE)
-        )
-    )
-    able = sorted(
-        (row for row in rows if row.usage_item_id is not None or (row.has_dropped_usage and _is_billed(row, plans))),
-        key=lambda row: (_BILLS_FIRST.index(row.status), row.started_at, row.id),
-    )
-    for row in able[1:]:
-        if row.usage_item_id is not None:
-            return UsageItemChange(row.id, row.usage_item_id, is_newer=row.started_at >= able[0].started_at)
-    if able and able[0].usage_item_id is None:
-        return UsageItemChange(able[0].id, None)
-    return None
-
-
-def _is_billed(row: SubscriptionRow, plans: Plans) -> bool:
-    plan = plans.find(row.plan)
-    return plan is not None and plan.bills_usage
-
-
-async def mark_usage_dropped(
-    session: AsyncSession, subscription_id: str, *, is_dropped: bool, organization_id: OrganizationId
-) -> None:
-    """Remember that it was us who took a subscription's usage item off, or that it is back."""
-    await session.execute(
-        update(SubscriptionRow)
-        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == subscription_id)
-        .values(has_dropped_usage=is_dropped)
-    )

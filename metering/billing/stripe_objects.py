@@ -29,6 +29,7 @@ class MeteredItem(NamedTuple):
     id: str
     meter_id: str | None
     price_id: str
+    created_at: datetime | None = None
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +147,9 @@ class MeterErrors(msgspec.Struct, frozen=True, kw_only=True):
 def read_subscription(source: Json) -> Subscription:
     """Return what *source* says."""
     items = _items(source)
-    dated = next((item for item in items if item.get("current_period_end") is not None), source)
+    # Items may have periods of their own: usage is billed by that of the metered one.
+    by_usage = sorted(items, key=lambda item: not _is_metered(item))
+    dated = next((item for item in by_usage if item.get("current_period_end") is not None), source)
     plan_item = next((item for item in items if not _is_metered(item)), None)
     metadata = cast("Json", source.get("metadata") or {})
     return Subscription(
@@ -159,7 +162,9 @@ def read_subscription(source: Json) -> Subscription:
         price_cents_per_month=sum(_cents_per_month(item) for item in items if not _is_metered(item)),
         plan_price_ids=tuple(item["price"]["id"] for item in items if not _is_metered(item)),
         metered=tuple(
-            MeteredItem(item["id"], _meter_of(item), item["price"]["id"]) for item in items if _is_metered(item)
+            MeteredItem(item["id"], _meter_of(item), item["price"]["id"], _moment_or_none(item.get("created")))
+            for item in items
+            if _is_metered(item)
         ),
         status=source["status"],
         started_at=_moment(source.get("start_date") or source["created"]),

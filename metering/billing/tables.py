@@ -106,6 +106,8 @@ class BillingPeriodRow(Table):
     is_trial: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     is_closed: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     """Its invoice is final: Stripe counts nothing more for it."""
+    accepted_micro_usd: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """What was reported for it and is on no invoice, and that an operator has decided about."""
 
 
 class InvoiceRow(Table):

@@ -55,10 +55,11 @@ class DueUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Uncollected(msgspec.Struct, frozen=True, kw_only=True):
-    """Usage of a billed window that no period takes any more."""
+    """Usage of a billed window that no period takes any more. *may_be_drawn*: there was prepaid credit at the time."""
 
     window_starts_at: datetime
     amount: int
+    may_be_drawn: bool = False
 
 
 def hour_of(moment: datetime) -> datetime:
@@ -113,13 +114,15 @@ def _billed(
         # What a trial gave stays given, however late it is known.
         return DueUsage(window_starts_at=starts_at, amount=owed, event_at=None)
     if event_time.at is None:
-        return None if event_time.is_later else Uncollected(window_starts_at=starts_at, amount=owed)
+        may_be_drawn = any(p.is_prepaid and minute_of(p.starts_at) <= starts_at for p in periods)
+        late = Uncollected(window_starts_at=starts_at, amount=owed, may_be_drawn=may_be_drawn)
+        return None if event_time.is_later else late
     return DueUsage(
         window_starts_at=starts_at,
         amount=owed,
         event_at=event_time.at,
         is_carried=event_time.is_carried,
-        is_prepaid=period.is_prepaid or event_time.is_prepaid,
+        is_prepaid=period.is_prepaid,
         is_free=period.is_trial,
     )
 
@@ -166,8 +169,6 @@ class _EventTime(msgspec.Struct, frozen=True):
     at: datetime | None
     is_carried: bool = False
     is_later: bool = False
-    is_prepaid: bool = False
-    """No invoice takes it, and credit does."""
 
 
 def _event_time(window_starts_at: datetime, period: Period, periods: Sequence[Period], now: datetime) -> _EventTime:
@@ -179,8 +180,6 @@ def _event_time(window_starts_at: datetime, period: Period, periods: Sequence[Pe
     invoiced = [p for p in periods if not (p.is_closed or p.is_prepaid or p.is_included)]
     present = [p for p in invoiced if hour_of(now) < p.ends_at and (p.starts_at <= now or not p.is_pending)]
     paying = [p for p in present if not (p.is_trial or p.is_pending)]
-    if not paying and not present and any(p.is_prepaid and p.starts_at <= now for p in periods):
-        return _EventTime(hour_of(now), is_carried=True, is_prepaid=True)
     if not paying:
         # After a trial, and after what we know of, there may be one that is paid for.
         return _EventTime(None, is_carried=True, is_later=bool(present))

@@ -102,7 +102,7 @@ def add(world: World, subscription: Object, wish: ItemWish, *, prorates: bool) -
 def remove(world: World, subscription: Object, item: Object, *, prorates: bool) -> None:
     """Take an item off. Flexible billing keeps its usage so far; a licensed one's rest is credited."""
     is_flexible = subscription["billing_mode"]["type"] == "flexible"
-    if prorates and is_metered(item["price"]) and is_flexible:
+    if prorates and is_metered(item["price"]) and is_flexible and subscription["status"] != "trialing":
         keep_usage(world, subscription, item)
     elif prorates and not is_metered(item["price"]):
         _prorate(world, subscription, item, -1, "Unused time on")

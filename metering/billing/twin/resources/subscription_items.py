@@ -6,7 +6,7 @@ from metering.billing.twin.engine import changing, entitlements
 from metering.billing.twin.errors import Object, invalid
 from metering.billing.twin.listing import page
 from metering.billing.twin.resources.subscriptions import change_item
-from metering.billing.twin.resources.wishes import LAST_ITEM, item_wish
+from metering.billing.twin.resources.wishes import LAST_ITEM, check_no_price_twice, item_wish
 from metering.billing.twin.routing import Call, delete, get, post
 from metering.billing.twin.world import World
 
@@ -15,7 +15,9 @@ def create_item(world: World, call: Call) -> Object:
     """Put a further item on a subscription."""
     subscription = world.refer("subscription", call.fields.must("subscription"), "subscription")
     prorates = call.fields.string("proration_behavior") != "none"
-    changing.add(world, subscription, item_wish(world, call.fields), prorates=prorates)
+    wish = item_wish(world, call.fields)
+    check_no_price_twice([*(item["price"] for item in subscription["items"]["data"]), wish.price])
+    changing.add(world, subscription, wish, prorates=prorates)
     _tell(world, subscription)
     return subscription["items"]["data"][-1]
 

@@ -101,6 +101,14 @@ def check_items(world: World, subscription: Object, rows: list[Fields]) -> None:
         raise invalid("items", LAST_ITEM)
     if len({interval_of(price) for price in prices.values()}) > 1:
         raise invalid("items", MIXED_INTERVALS)
+    check_no_price_twice(list(prices.values()))
+
+
+def check_no_price_twice(prices: list[Object]) -> None:
+    """Refuse two items of one price: each would bill the same."""
+    twice = [price["id"] for index, price in enumerate(prices) if price["id"] in {one["id"] for one in prices[:index]}]
+    if twice:
+        raise invalid("items", f"Cannot add multiple subscription items with the same plan: {twice[0]}")
 
 
 def tried(world: World, subscription: Object, rows: list[Fields]) -> Object:

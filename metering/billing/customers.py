@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime
 from typing import Any, Final
 
@@ -146,18 +146,7 @@ class Customers:
             await self._close(earlier, organization_id)
         with _asking_stripe("subscribe", organization_id):
             checkout = await self._api.create_checkout(params)
-        other = await self._swap_page(organization_id, checkout.id)
-        if other not in {None, earlier}:
-            # Asked for at the same time. Paid already, that one is what holds, and ours is not opened.
-            try:
-                await self._close(other or "", organization_id)
-            except AlreadySubscribed:
-                await self._close(checkout.id, organization_id)
-                raise
-            except BillingUnavailable:
-                # Nobody is shown ours: the other one is what may still be paid, and is to be closed before the next.
-                await self._swap_page(organization_id, other or "")
-                raise
+        await self._keep_one_page(checkout.id, earlier, organization_id)
         return checkout
 
     async def top_up(self, organization_id: OrganizationId, cents: int, pages: ReturnPages) -> Checkout:
@@ -330,6 +319,26 @@ class Customers:
         async with self._database.transaction() as session:
             if await _live(session, organization_id=organization_id) is not None:
                 raise AlreadySubscribed
+
+    async def _keep_one_page(self, checkout_id: str, earlier: str | None, organization_id: OrganizationId) -> None:
+        """Take a page for the one that is open, and close the one that was asked for at the same time.
+
+        Errors: AlreadySubscribed where that one is paid; BillingUnavailable. Then ours is shown to nobody.
+        """
+        other = await self._swap_page(organization_id, checkout_id)
+        if other is None or other == earlier:
+            return
+        try:
+            await self._close(other, organization_id)
+        except AlreadySubscribed:
+            await self._close(checkout_id, organization_id)
+            raise
+        except BillingUnavailable:
+            # The other may still be paid: it is remembered, to be closed before the next is opened.
+            await self._swap_page(organization_id, other)
+            with suppress(BillingUnavailable):
+                await self._close(checkout_id, organization_id)
+            raise
 
     async def _swap_page(self, organization_id: OrganizationId, checkout_id: str) -> str | None:
         """Remember the page that is open now; return the one that was until then."""

@@ -123,16 +123,7 @@ async def _keep_period(
     """
     ends_at = min(row.period_ends_at, row.ended_at or row.period_ends_at)
     kind = (row.usage_item_id is not None, row.status == "trialing")
-    last = await session.scalar(
-        select(BillingPeriodRow)
-        .where(
-            BillingPeriodRow.organization_id == organization_id,
-            BillingPeriodRow.subscription_id == row.id,
-            BillingPeriodRow.starts_at >= row.period_starts_at,
-        )
-        .order_by(BillingPeriodRow.starts_at.desc())
-        .limit(1)
-    )
+    last = await _last_part(session, row, organization_id=organization_id)
     starts_at = row.period_starts_at
     if last is not None:
         if last.is_closed and kind == (last.is_metered, last.is_trial):
@@ -141,10 +132,9 @@ async def _keep_period(
             last.ends_at = max(ends_at, last.starts_at)
             return
         cut_at = now.replace(microsecond=0)
-        item = next((one for one in subscription.metered if one.id == row.usage_item_id), None)
-        if kind[0] and not last.is_metered and item is not None and item.created_at is not None:
+        if not last.is_metered:
             # By Stripe's clock, which says from when on it bills.
-            cut_at = item.created_at
+            cut_at = _billed_since(row, subscription) or cut_at
         if cut_at >= ends_at:
             # It is over: what it was is what it stays.
             return
@@ -166,6 +156,27 @@ async def _keep_period(
             )
         )
         await session.flush()
+
+
+async def _last_part(
+    session: AsyncSession, row: SubscriptionRow, *, organization_id: OrganizationId
+) -> BillingPeriodRow | None:
+    """Return the latest part of the subscription's present period."""
+    return await session.scalar(
+        select(BillingPeriodRow)
+        .where(
+            BillingPeriodRow.organization_id == organization_id,
+            BillingPeriodRow.subscription_id == row.id,
+            BillingPeriodRow.starts_at >= row.period_starts_at,
+        )
+        .order_by(BillingPeriodRow.starts_at.desc())
+        .limit(1)
+    )
+
+
+def _billed_since(row: SubscriptionRow, subscription: Subscription) -> datetime | None:
+    """Return when the item that bills usage was put on; None: there is none, or Stripe does not say."""
+    return next((item.created_at for item in subscription.metered if item.id == row.usage_item_id), None)
 
 
 async def _end_earlier(

@@ -76,7 +76,7 @@ UNSCOPED_QUERIES = {
     ("metering/billing/top_up.py", "_see_through"): "the top-up names its organization",
     ("metering/billing/top_up.py", "_fail"): "the top-up names its organization",
     ("metering/billing/top_up.py", "_keep_method"): "the top-up names its organization",
-    ("metering/billing/agreement.py", "reported_for_period"): "the period is whose it is",
+    ("metering/billing/agreement.py", "uninvoiced_of_period"): "the period is whose it is",
     ("metering/billing/agreement.py", "reconciliation"): "the operator is shown every organization's",
 }
 NOT_OURS = {".git", ".venv", ".data", ".peers", ".hypothesis", ".ruff_cache", "node_modules"}

@@ -103,8 +103,12 @@ async def test_a_period_without_an_invoice_is_told_of_and_decided_about(place: B
     await place.use(org, 2 * DOLLAR, place.clock.now() + timedelta(minutes=2))
     place.pass_time(hours=3)
     await place.export()
-    # Stripe has the usage, and the subscription's item was taken off without an invoice.
+    # Stripe has the usage, and the subscription ended without an invoice.
     await place.rows("UPDATE billing_periods SET ends_at = :at RETURNING 1", at=place.clock.now())
+    await place.rows(
+        "UPDATE subscriptions SET status = 'canceled', ended_at = CAST(:at AS timestamptz) RETURNING 1",
+        at=place.clock.now(),
+    )
     place.pass_time(days=1)
     assert (await _seen(place)).invoices == []
     place.pass_time(days=2)

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import text
 
 from core.clock import ManualClock
-from metering.billing import prepaid, views
+from metering.billing import prepaid
 from metering.billing.customers import Customers
 from metering.billing.plans import EXAMPLE, build_plans
 from metering.billing.prepaid import Credit
@@ -261,27 +261,6 @@ async def test_tokens_that_are_parked_keep_nobody_from_ending(place: BillingPlac
     await place.export()
     await place.rows("UPDATE meter_cursors SET parked_for = 'x' WHERE meter LIKE 'input%' RETURNING 1")
     await place.customers.cancel(org, at_once=True)
-
-
-async def test_the_present_charge_of_a_plan_that_includes_usage_after_a_week(place: BillingPlace) -> None:
-    place.plans = build_plans(tomllib.loads(_FLAT))
-    await place.synchronise()
-    org = await place.organization()
-    await place.use(org, 5 * DOLLAR, place.clock.now() - timedelta(minutes=10))
-    checkout = await place.customers.subscribe(org, "flat", PAGES)
-    place.twin.complete_checkout(checkout.id)
-    await place.hear()
-    await place.use(org, DOLLAR, place.clock.now() + timedelta(minutes=10))
-    place.pass_time(days=1)
-    await place.export()
-    place.pass_time(days=7)
-    await place.rows(
-        "DELETE FROM spend_windows WHERE seconds = 60 AND starts_at < CAST(:at AS timestamptz) RETURNING 1",
-        at=place.clock.now() - timedelta(days=7),
-    )
-    async with place.database.transaction() as session:
-        found = await views.present_charge(session, place.clock.now(), organization_id=org)
-    assert float(found.charge_usd) == 1.0
 
 
 async def test_a_clock_that_is_behind_a_second_loses_no_period(place: BillingPlace) -> None:

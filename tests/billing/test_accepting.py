@@ -6,26 +6,12 @@ from datetime import timedelta
 
 from core.ids import OrganizationId
 from metering.billing.accepting import Accepted, accept_differences
-from metering.billing.agreement import ReconciliationView, reconciliation
 from tests.harness.billing import DOLLAR, BillingPlace
-
-
-async def _seen(place: BillingPlace, org: OrganizationId | None = None) -> ReconciliationView:
-    async with place.database.transaction() as session:
-        return await reconciliation(session, place.clock.now(), only=org)
 
 
 async def _accept(place: BillingPlace, org: OrganizationId) -> Accepted:
     async with place.database.transaction() as session:
         return await accept_differences(session, place.clock.now(), organization_id=org)
-
-
-async def _days(place: BillingPlace, days: int) -> None:
-    for _ in range(days):
-        place.pass_time(days=1)
-        await place.hear()
-        await place.export()
-        await place.reconciler.round()
 
 
 async def _lost(place: BillingPlace) -> OrganizationId:
@@ -47,15 +33,15 @@ async def _lost(place: BillingPlace) -> OrganizationId:
 
 async def test_an_alert_and_its_invoice_are_decided_about(place: BillingPlace) -> None:
     org = await _lost(place)
-    before = await _seen(place)
+    before = await place.agreement()
     assert [(one.ours, one.theirs, one.state) for one in before.differences] == [(3_000_000, 0, "alert")]
     assert [(one.reported, one.invoiced) for one in before.invoices] == [(3_000_000, 0)]
     accepted = await _accept(place, org)
     assert (accepted.hours, accepted.invoices, accepted.periods, accepted.windows) == (1, 1, 0, 0)
-    assert (await _seen(place)).agrees
+    assert (await place.agreement()).agrees
     await place.reconcile(days=33)
-    await _days(place, 3)
-    assert (await _seen(place)).agrees
+    await place.pass_days(3)
+    assert (await place.agreement()).agrees
     assert await place.rows("SELECT kind FROM meter_reports WHERE kind = 'moved'") == []
 
 
@@ -64,7 +50,7 @@ async def test_another_number_is_a_difference_again(place: BillingPlace) -> None
     await _accept(place, org)
     await place.rows("UPDATE meter_reports SET value = value + 5 WHERE value > 0 RETURNING 1")
     await place.reconcile(days=33)
-    seen = await _seen(place)
+    seen = await place.agreement()
     assert [(one.ours, one.theirs, one.state) for one in seen.differences] == [(3_000_005, 0, "alert")]
     assert [one.reported for one in seen.invoices] == [3_000_005]
 
@@ -75,16 +61,16 @@ async def test_uncollected_usage_is_written_off_and_what_comes_later_is_shown(pl
     await place.use(org, 2 * DOLLAR, used_at)
     place.pass_time(hours=3)
     await place.customers.cancel(org, at_once=True)
-    await _days(place, 2)
+    await place.pass_days(2)
     await place.use(org, 3 * DOLLAR, used_at)
-    await _days(place, 2)
-    assert [one.amount for one in (await _seen(place)).uncollected] == [3 * DOLLAR]
+    await place.pass_days(2)
+    assert [one.amount for one in (await place.agreement()).uncollected] == [3 * DOLLAR]
     assert (await _accept(place, org)).windows == 1
-    await _days(place, 3)
-    assert (await _seen(place)).agrees
+    await place.pass_days(3)
+    assert (await place.agreement()).agrees
     await place.use(org, 1 * DOLLAR, used_at)
-    await _days(place, 2)
-    assert [one.amount for one in (await _seen(place)).uncollected] == [1 * DOLLAR]
+    await place.pass_days(2)
+    assert [one.amount for one in (await place.agreement()).uncollected] == [1 * DOLLAR]
 
 
 async def test_uncollected_usage_is_shown_until_it_is_decided_about(place: BillingPlace) -> None:
@@ -92,10 +78,10 @@ async def test_uncollected_usage_is_shown_until_it_is_decided_about(place: Billi
     place.pass_time(hours=3)
     await place.customers.cancel(org, at_once=True)
     await place.use(org, 3 * DOLLAR, place.clock.now() - timedelta(hours=2))
-    await _days(place, 90)  # further than windows are looked through
-    assert [one.amount for one in (await _seen(place)).uncollected] == [3 * DOLLAR]
+    await place.pass_days(90)  # further than windows are looked through
+    assert [one.amount for one in (await place.agreement()).uncollected] == [3 * DOLLAR]
     await _accept(place, org)
-    assert (await _seen(place)).agrees
+    assert (await place.agreement()).agrees
 
 
 async def test_a_period_without_an_invoice_is_told_of_and_decided_about(place: BillingPlace) -> None:
@@ -110,16 +96,16 @@ async def test_a_period_without_an_invoice_is_told_of_and_decided_about(place: B
         at=place.clock.now(),
     )
     place.pass_time(days=1)
-    assert (await _seen(place)).invoices == []
+    assert (await place.agreement()).invoices == []
     place.pass_time(days=2)
-    assert [(one.invoice_id, one.reported) for one in (await _seen(place)).invoices] == [(None, 2_000_000)]
+    assert [(one.invoice_id, one.reported) for one in (await place.agreement()).invoices] == [(None, 2_000_000)]
     assert (await _accept(place, org)).periods == 1
-    assert (await _seen(place)).agrees
+    assert (await place.agreement()).agrees
 
 
 async def test_what_is_anothers_is_neither_shown_nor_accepted(place: BillingPlace) -> None:
     org, other = await _lost(place), await place.organization()
-    assert (await _seen(place, other)).agrees
+    assert (await place.agreement(other)).agrees
     accepted = await _accept(place, other)
     assert (accepted.hours, accepted.invoices, accepted.periods, accepted.windows) == (0, 0, 0, 0)
-    assert not (await _seen(place, org)).agrees
+    assert not (await place.agreement(org)).agrees

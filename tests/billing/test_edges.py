@@ -34,7 +34,7 @@ async def test_a_second_subscription_bills_no_usage(place: BillingPlace) -> None
     """Guarantee: however it came about, the meter's sum is on one invoice only."""
     org = await place.subscriber()
     customer = await place.customer_of(org)
-    first = await _subscription_of(place, org)
+    first = await place.subscription_of(org)
     place.pass_time(minutes=1)
     items = place.twin.state.tables["subscription"][first]["items"]["data"]
     made = await place.api._client.v1.subscriptions.create_async(
@@ -82,14 +82,9 @@ def _lose(place: BillingPlace, kind: str, identity: str) -> None:
     place.twin.state.tables[kind].pop(identity)
 
 
-async def _subscription_of(place: BillingPlace, org: str) -> str:
-    ((found,),) = await place.rows("SELECT id FROM subscriptions WHERE organization_id = :org", org=org)
-    return str(found)
-
-
 async def test_a_subscription_that_is_gone_holds_up_nobodys_days_of_grace(place: BillingPlace) -> None:
     gone, other = await place.subscriber(), await place.subscriber()
-    _lose(place, "subscription", await _subscription_of(place, gone))
+    _lose(place, "subscription", await place.subscription_of(gone))
     await place.rows("UPDATE subscriptions SET period_ends_at = '2027-01-15' RETURNING 1")
     await place.rows(
         "UPDATE subscriptions SET status = 'past_due', past_due_since = '2026-12-01' WHERE organization_id = :org"
@@ -150,7 +145,7 @@ async def test_a_cancelled_subscription_is_noticed_although_its_price_was_change
     place: BillingPlace,
 ) -> None:
     org = await place.subscriber()
-    subscription = place.twin.state.tables["subscription"][await _subscription_of(place, org)]
+    subscription = place.twin.state.tables["subscription"][await place.subscription_of(org)]
     for item in subscription["items"]["data"]:
         item["price"] = {**item["price"], "metadata": {}}
     subscription |= {"status": "canceled", "ended_at": int(place.clock.now().timestamp())}
@@ -241,7 +236,7 @@ async def test_automatic_top_ups_go_on_after_a_subscription_is_gone(place: Billi
     async with place.database.transaction() as session:
         await prepaid.add_credit(session, Credit(cents=100, source=org), place.clock.now(), organization_id=org)
     await place.customers.set_automatic_top_up(org, below_cents=300, cents=2_000)
-    _lose(place, "subscription", await _subscription_of(place, gone))
+    _lose(place, "subscription", await place.subscription_of(gone))
     await place.rows("UPDATE subscriptions SET period_ends_at = '2027-01-15' RETURNING 1")
     worker = BillingWorker(place.database, place.api, place.clock, lambda: place.plans, stream_above=5000)
     for _ in range(3):
@@ -293,7 +288,7 @@ async def test_every_mail_that_is_written_down_has_a_text(place: BillingPlace) -
     """Guarantee: what is noted of a failure can be read by those who send it."""
     org = await place.subscriber()
     async with place.database.transaction() as session:
-        subscription = await place.api.get_subscription(await _subscription_of(place, org))
+        subscription = await place.api.get_subscription(await place.subscription_of(org))
         trial = msgspec.structs.replace(subscription, status="trialing", trial_ends_at=place.clock.now(), plan=None)
         await emails.note_trial_end(session, trial, organization_id=org)
         await emails.note_top_up(session, "topup_1", 500, organization_id=org)
@@ -312,7 +307,7 @@ async def test_without_plans_nobody_is_suspended(place: BillingPlace) -> None:
     """Guarantee: a file that is not there, or is faulty at a worker's start, takes nothing from anybody."""
     org = await place.subscriber()
     place.plans = Plans()
-    await place.api.cancel_subscription(await _subscription_of(place, org))
+    await place.api.cancel_subscription(await place.subscription_of(org))
     await place.hear()
     assert await place.rows("SELECT plan, status FROM organizations WHERE id = :org", org=org) == [("pro", "active")]
 

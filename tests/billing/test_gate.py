@@ -7,15 +7,9 @@ from datetime import timedelta
 
 import pytest
 
-from metering.billing import prepaid, views
+from metering.billing import views
 from metering.billing.outbox import bring_forward
-from metering.billing.prepaid import Credit
 from tests.harness.billing import DOLLAR, PAGES, BillingPlace
-
-
-async def _add(place: BillingPlace, org: str, cents: int, source: str) -> None:
-    async with place.database.transaction() as session:
-        await prepaid.add_credit(session, Credit(cents=cents, source=source), place.clock.now(), organization_id=org)
 
 
 async def _room(place: BillingPlace, org: str) -> int | None:
@@ -26,25 +20,13 @@ async def _room(place: BillingPlace, org: str) -> int | None:
     return int(rows[0][0]) - await place.ledger_total(org) if rows else None
 
 
-async def _left(place: BillingPlace, org: str) -> int:
-    async with place.database.transaction() as session:
-        return await prepaid.left(session, place.clock.now(), organization_id=org)
-
-
-async def _hours(place: BillingPlace, hours: int) -> None:
-    for _ in range(hours):
-        place.pass_time(hours=1)
-        await place.hear()
-        await place.export()
-
-
 async def test_credit_a_subscription_and_usage_in_one_hour(place: BillingPlace) -> None:
     org = await place.organization()
     await place.use(org, 2 * DOLLAR, place.clock.now() - timedelta(minutes=5))
-    await _add(place, org, 1_000, "a")
+    await place.add_credit(org, 1_000, "a")
     place.pass_time(minutes=2)
     await place.use(org, 3 * DOLLAR)
-    assert await _room(place, org) == await _left(place, org) == 7 * DOLLAR
+    assert await _room(place, org) == await place.credit_left(org) == 7 * DOLLAR
     checkout = await place.customers.subscribe(org, "pro", PAGES)
     place.twin.complete_checkout(checkout.id)
     await place.hear()
@@ -54,19 +36,19 @@ async def test_credit_a_subscription_and_usage_in_one_hour(place: BillingPlace) 
     place.pass_time(minutes=5)
     await place.customers.cancel(org, at_once=True)
     await place.hear()
-    assert await _room(place, org) == await _left(place, org) == 6 * DOLLAR
+    assert await _room(place, org) == await place.credit_left(org) == 6 * DOLLAR
     place.pass_time(minutes=5)
     await place.use(org, 1 * DOLLAR)
-    assert await _room(place, org) == await _left(place, org) == 5 * DOLLAR
-    await _hours(place, 5)
-    assert await _room(place, org) == await _left(place, org) == 5 * DOLLAR
-    await _add(place, org, -200, "b")
-    assert await _room(place, org) == await _left(place, org) == 3 * DOLLAR
-    await _add(place, org, -500, "c")
-    assert await _left(place, org) == -2 * DOLLAR
+    assert await _room(place, org) == await place.credit_left(org) == 5 * DOLLAR
+    await place.pass_hours(5)
+    assert await _room(place, org) == await place.credit_left(org) == 5 * DOLLAR
+    await place.add_credit(org, -200, "b")
+    assert await _room(place, org) == await place.credit_left(org) == 3 * DOLLAR
+    await place.add_credit(org, -500, "c")
+    assert await place.credit_left(org) == -2 * DOLLAR
     assert (await _room(place, org) or 0) <= 0
-    await _add(place, org, 500, "d")
-    assert await _room(place, org) == await _left(place, org) == 3 * DOLLAR
+    await place.add_credit(org, 500, "d")
+    assert await _room(place, org) == await place.credit_left(org) == 3 * DOLLAR
 
 
 async def test_a_correction_of_what_an_invoice_paid_lets_no_credit_be_spent_twice(place: BillingPlace) -> None:
@@ -74,14 +56,14 @@ async def test_a_correction_of_what_an_invoice_paid_lets_no_credit_be_spent_twic
     place.pass_time(minutes=5)
     await place.use(org, 8 * DOLLAR)
     paid = place.clock.now()
-    await _hours(place, 2)
+    await place.pass_hours(2)
     await place.customers.cancel(org, at_once=True)
-    await _hours(place, 5)
-    await _add(place, org, 1_000, "a")
-    assert await _room(place, org) == await _left(place, org) == 10 * DOLLAR
+    await place.pass_hours(5)
+    await place.add_credit(org, 1_000, "a")
+    assert await _room(place, org) == await place.credit_left(org) == 10 * DOLLAR
     await place.use(org, -5 * DOLLAR, paid)  # corrected
-    await _hours(place, 3)
-    assert await _room(place, org) == await _left(place, org)
+    await place.pass_hours(3)
+    assert await _room(place, org) == await place.credit_left(org)
 
 
 async def test_a_call_settled_late_takes_no_credit_that_is_there(place: BillingPlace) -> None:
@@ -89,24 +71,24 @@ async def test_a_call_settled_late_takes_no_credit_that_is_there(place: BillingP
     place.pass_time(minutes=5)
     await place.use(org, 8 * DOLLAR)
     paid = place.clock.now()
-    await _hours(place, 2)
+    await place.pass_hours(2)
     await place.customers.cancel(org, at_once=True)
-    await _hours(place, 5)
-    await _add(place, org, 1_000, "a")
+    await place.pass_hours(5)
+    await place.add_credit(org, 1_000, "a")
     await place.use(org, 2 * DOLLAR, paid)
-    await _hours(place, 3)
-    assert await _room(place, org) == await _left(place, org)
+    await place.pass_hours(3)
+    assert await _room(place, org) == await place.credit_left(org)
 
 
 async def test_a_correction_of_before_the_credit_gives_no_credit(place: BillingPlace) -> None:
     org = await place.organization()
     free = place.clock.now()
     await place.use(org, 8 * DOLLAR, free)
-    await _hours(place, 2)
-    await _add(place, org, 1_000, "a")
+    await place.pass_hours(2)
+    await place.add_credit(org, 1_000, "a")
     await place.use(org, -5 * DOLLAR, free)
-    await _hours(place, 3)
-    assert await _room(place, org) == await _left(place, org)
+    await place.pass_hours(3)
+    assert await _room(place, org) == await place.credit_left(org)
 
 
 async def test_a_flush_of_all_makes_no_loop(place: BillingPlace) -> None:
@@ -122,13 +104,13 @@ async def test_a_flush_of_all_makes_no_loop(place: BillingPlace) -> None:
 @pytest.mark.parametrize("rounds", range(4))
 async def test_the_room_is_what_is_left_while_everything_happens_at_once(place: BillingPlace, rounds: int) -> None:
     org = await place.organization()
-    await _add(place, org, 5_000, "a")
+    await place.add_credit(org, 5_000, "a")
     for number in range(4):
         checkout = await place.customers.subscribe(org, "pro", PAGES)
         place.twin.complete_checkout(checkout.id)
         place.pass_time(minutes=3)
         await place.use(org, DOLLAR)
-        await asyncio.gather(place.hear(), _add(place, org, 100, f"b{number}"), place.export())
+        await asyncio.gather(place.hear(), place.add_credit(org, 100, f"b{number}"), place.export())
         await place.hear()
         assert await _room(place, org) is None
         place.pass_time(minutes=3)
@@ -137,37 +119,37 @@ async def test_the_room_is_what_is_left_while_everything_happens_at_once(place: 
         await place.api.cancel_subscription(subscription_id)
         place.pass_time(minutes=3)
         await place.use(org, DOLLAR)
-        await asyncio.gather(place.hear(), _add(place, org, 100, f"c{number}"), place.export())
+        await asyncio.gather(place.hear(), place.add_credit(org, 100, f"c{number}"), place.export())
         await place.hear()
-        assert await _room(place, org) == await _left(place, org)
+        assert await _room(place, org) == await place.credit_left(org)
         place.pass_time(minutes=13)
-    await _hours(place, 4)
-    assert await _room(place, org) == await _left(place, org) == (50 + 8 - 12) * DOLLAR
+    await place.pass_hours(4)
+    assert await _room(place, org) == await place.credit_left(org) == (50 + 8 - 12) * DOLLAR
 
 
 async def test_what_a_subscription_used_before_its_end_takes_no_more_than_the_credit(place: BillingPlace) -> None:
     org = await place.subscriber()
     place.pass_time(minutes=5)
     await place.use(org, 8 * DOLLAR)
-    await _hours(place, 3)
-    await _add(place, org, 500, "a")
+    await place.pass_hours(3)
+    await place.add_credit(org, 500, "a")
     ((subscription_id,),) = await place.rows("SELECT id FROM subscriptions")
     await place.use(org, 7 * DOLLAR)
     place.pass_time(minutes=4)
     await place.api.cancel_subscription(subscription_id)  # in the dashboard
     await place.hear()
     await place.export()
-    await _hours(place, 5)
-    assert await _left(place, org) == 0
+    await place.pass_hours(5)
+    assert await place.credit_left(org) == 0
     assert (await _room(place, org) or 0) <= 0
-    await _add(place, org, 500, "b")
-    assert await _room(place, org) == await _left(place, org) == 5 * DOLLAR
+    await place.add_credit(org, 500, "b")
+    assert await _room(place, org) == await place.credit_left(org) == 5 * DOLLAR
 
 
 async def test_credit_pays_what_came_too_late_for_the_last_invoice(place: BillingPlace) -> None:
     """A worker did not run for two hours around the end of a subscription; there is credit for all of it."""
     org = await place.organization()
-    await _add(place, org, 5_000, "a")
+    await place.add_credit(org, 5_000, "a")
     checkout = await place.customers.subscribe(org, "pro", PAGES)
     place.twin.complete_checkout(checkout.id)
     await place.hear()
@@ -178,9 +160,9 @@ async def test_credit_pays_what_came_too_late_for_the_last_invoice(place: Billin
     await place.api.cancel_subscription(subscription_id)
     place.pass_time(hours=2)
     await place.hear()
-    await _hours(place, 3)
+    await place.pass_hours(3)
     assert await place.rows("SELECT amount FROM uncollected_usage") == []
-    assert await _room(place, org) == await _left(place, org) == 47 * DOLLAR
+    assert await _room(place, org) == await place.credit_left(org) == 47 * DOLLAR
 
 
 async def test_the_present_charge_leaves_out_what_was_before_the_period_after_a_week_too(place: BillingPlace) -> None:

@@ -10,35 +10,15 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import text
 
 from core.clock import ManualClock
-from metering.billing import prepaid
 from metering.billing.customers import Customers
 from metering.billing.plans import EXAMPLE, build_plans
-from metering.billing.prepaid import Credit
 from metering.billing.stripe_objects import read_subscription
 from metering.billing.twin.engine.payments import attach
 from metering.billing.twin.faults import FaultPlan
-from tests.billing.test_second_subscriptions import agreement_of, invoiced, pass_days
 from tests.harness.billing import DOLLAR, PAGES, BillingPlace
 
 _TRY = EXAMPLE + '\n[plans.try]\ntitle = "Try"\nprice_usd_per_month = 20\nbills_usage = true\ntrial_days = 7\n'
 _FLAT = EXAMPLE + '\n[plans.flat]\ntitle = "Flat"\nprice_usd_per_month = 50\n'
-
-
-async def _add(place: BillingPlace, org: str, cents: int, source: str) -> None:
-    async with place.database.transaction() as session:
-        await prepaid.add_credit(session, Credit(cents=cents, source=source), place.clock.now(), organization_id=org)
-
-
-async def _left(place: BillingPlace, org: str) -> int:
-    async with place.database.transaction() as session:
-        return await prepaid.left(session, place.clock.now(), organization_id=org)
-
-
-async def _hours(place: BillingPlace, hours: int) -> None:
-    for _ in range(hours):
-        place.pass_time(hours=1)
-        await place.hear()
-        await place.export()
 
 
 async def test_a_change_to_a_cheaper_plan_that_includes_usage_raises_no_alarm(place: BillingPlace) -> None:
@@ -46,20 +26,20 @@ async def test_a_change_to_a_cheaper_plan_that_includes_usage_raises_no_alarm(pl
     await place.synchronise()
     org = await place.subscriber("pro")
     await place.use(org, 2 * DOLLAR, place.clock.now() + timedelta(minutes=5))
-    await pass_days(place, 5)
+    await place.pass_days(5)
     await place.customers.change_plan(org, "flat")
-    await pass_days(place, 4)
-    found = await agreement_of(place)
+    await place.pass_days(4)
+    found = await place.agreement()
     assert found.agrees, found.invoices
 
 
 async def test_a_subscription_that_was_never_paid_raises_no_alarm(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await pass_days(place, 1)
+    await place.pass_days(1)
     await place.customers.cancel(org, at_once=True)
-    await pass_days(place, 3)
-    assert (await agreement_of(place)).agrees
-    ((first,),) = await place.rows("SELECT id FROM subscriptions")
+    await place.pass_days(3)
+    assert (await place.agreement()).agrees
+    first = await place.subscription_of(org)
     source = place.twin.state.tables["subscription"][first]
     await place.api._client.v1.subscriptions.create_async(
         {
@@ -70,27 +50,27 @@ async def test_a_subscription_that_was_never_paid_raises_no_alarm(place: Billing
     )
     await place.hear()
     await place.use(org, 2 * DOLLAR, place.clock.now() + timedelta(hours=2))  # under the free plan
-    await pass_days(place, 5)
-    found = await agreement_of(place)
+    await place.pass_days(5)
+    found = await place.agreement()
     assert found.agrees, found.invoices
 
 
 async def test_late_usage_of_when_there_were_two_is_billed_with_the_next_invoice(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await pass_days(place, 20)
+    await place.pass_days(20)
     await place.second_subscription(org)
     late = place.clock.now() + timedelta(hours=1, minutes=40)
     place.pass_time(hours=3)
     await place.hear()
-    await pass_days(place, 12)  # the first one's invoice is final
+    await place.pass_days(12)  # the first one's invoice is final
     await place.use(org, 3 * DOLLAR, late)
-    await pass_days(place, 1)
+    await place.pass_days(1)
     for _ in range(6):
         place.pass_time(minutes=11)
         await place.export()
         await place.reconciler.round(is_doubt_only=True)
     reports = await place.rows("SELECT count(*) FROM meter_reports")
-    await pass_days(place, 35)
+    await place.pass_days(35)
     assert reports == [(1,)]
 
 
@@ -99,36 +79,36 @@ async def test_a_correction_of_what_an_invoice_paid_changes_nothing_of_what_is_l
     place.pass_time(minutes=5)
     await place.use(org, 8 * DOLLAR)
     paid = place.clock.now()
-    await _hours(place, 2)
+    await place.pass_hours(2)
     await place.customers.cancel(org, at_once=True)
-    await _hours(place, 5)
-    await _add(place, org, 1_000, "a")
+    await place.pass_hours(5)
+    await place.add_credit(org, 1_000, "a")
     await place.use(org, -5 * DOLLAR, paid)  # corrected
-    await _hours(place, 3)
-    assert await _left(place, org) == 10 * DOLLAR
+    await place.pass_hours(3)
+    assert await place.credit_left(org) == 10 * DOLLAR
 
 
 async def test_credit_pays_late_usage_no_further_than_it_goes(place: BillingPlace) -> None:
     org = await place.organization()
-    await _add(place, org, 500, "a")
+    await place.add_credit(org, 500, "a")
     checkout = await place.customers.subscribe(org, "pro", PAGES)
     place.twin.complete_checkout(checkout.id)
     await place.hear()
     place.pass_time(minutes=5)
     await place.use(org, 300 * DOLLAR)
     place.pass_time(minutes=5)
-    ((subscription_id,),) = await place.rows("SELECT id FROM subscriptions")
+    subscription_id = await place.subscription_of(org)
     await place.api.cancel_subscription(subscription_id)
     place.pass_time(hours=2)
     await place.hear()
-    await _hours(place, 3)
-    await agreement_of(place)
-    assert await _left(place, org) >= 0
+    await place.pass_hours(3)
+    assert await place.credit_left(org) == 0
+    assert [one.amount for one in (await place.agreement()).uncollected] == [295 * DOLLAR]
 
 
 async def test_late_usage_charges_a_card_once(place: BillingPlace) -> None:
     org = await place.organization()
-    await _add(place, org, 500, "a")
+    await place.add_credit(org, 500, "a")
     checkout = await place.customers.subscribe(org, "pro", PAGES)
     place.twin.complete_checkout(checkout.id)
     await place.hear()
@@ -139,23 +119,22 @@ async def test_late_usage_charges_a_card_once(place: BillingPlace) -> None:
     place.pass_time(minutes=5)
     await place.use(org, 300 * DOLLAR)
     place.pass_time(minutes=5)
-    ((subscription_id,),) = await place.rows("SELECT id FROM subscriptions")
+    subscription_id = await place.subscription_of(org)
     await place.api.cancel_subscription(subscription_id)
     place.pass_time(hours=2)
     await place.hear()
-    await _hours(place, 3)
+    await place.pass_hours(3)
     for _ in range(30):
         place.pass_time(minutes=1)
         await place.top_ups.round()
         await place.hear()
-    rows = await place.rows("SELECT 1 FROM top_ups")
-    assert len(rows) <= 1
+    assert await place.rows("SELECT count(*) FROM top_ups") == [(1,)]
 
 
 async def test_a_gate_that_cannot_be_set_holds_up_no_other(place: BillingPlace) -> None:
     """Settlements of somebody's go on for seconds: the budgets' lock is not had in time."""
     gated = await place.organization()
-    await _add(place, gated, 1_000, "a")
+    await place.add_credit(gated, 1_000, "a")
     async with place.database.transaction() as session:
         await session.execute(text("UPDATE budgets SET limit_nano_usd = 1"))
     other = await place.subscriber()
@@ -187,27 +166,27 @@ async def test_uncollected_usage_that_was_corrected_is_forgotten(place: BillingP
     org = await place.subscriber()
     place.pass_time(minutes=5)
     late = place.clock.now()
-    await _hours(place, 2)
+    await place.pass_hours(2)
     await place.customers.cancel(org, at_once=True)
-    await _hours(place, 5)
+    await place.pass_hours(5)
     await place.use(org, 7 * DOLLAR, late)
-    await pass_days(place, 2)
-    assert not (await agreement_of(place)).agrees
-    await pass_days(place, 80)
+    await place.pass_days(2)
+    assert not (await place.agreement()).agrees
+    await place.pass_days(80)
     await place.use(org, -7 * DOLLAR, late)
-    await pass_days(place, 3)
-    found = await agreement_of(place)
+    await place.pass_days(3)
+    found = await place.agreement()
     assert found.agrees, found.uncollected
 
 
 async def test_late_usage_of_when_there_were_two_is_not_lost_at_the_end_of_the_loop(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await pass_days(place, 20)
+    await place.pass_days(20)
     await place.second_subscription(org)
     late = place.clock.now() + timedelta(hours=1, minutes=40)
     place.pass_time(hours=3)
     await place.hear()
-    await pass_days(place, 12)
+    await place.pass_days(12)
     await place.use(org, 3 * DOLLAR, late)
     await place.rows("UPDATE meter_cursors SET scanned_at = NULL, next_at = 'epoch' RETURNING 1")
     place.pass_time(seconds=(late + timedelta(days=33, hours=23) - place.clock.now()).total_seconds())
@@ -215,28 +194,28 @@ async def test_late_usage_of_when_there_were_two_is_not_lost_at_the_end_of_the_l
     await place.export()  # told of the hour of when there were two
     place.pass_time(hours=3)
     await place.reconciler.round(is_doubt_only=True)
-    await pass_days(place, 70)
-    assert invoiced(place) == 3_000_000
+    await place.pass_days(70)
+    assert place.invoiced_usage() == 3_000_000
 
 
 async def test_usage_of_a_paid_one_is_billed_although_the_trial_of_the_older_ends(place: BillingPlace) -> None:
     place.plans = build_plans(tomllib.loads(_TRY))
     await place.synchronise()
     org = await place.subscriber("try")
-    await pass_days(place, 2)
+    await place.pass_days(2)
     await place.second_subscription(org)  # active, paid
     await place.hear()
-    await pass_days(place, 2)
+    await place.pass_days(2)
     await place.use(org, 3 * DOLLAR, place.clock.now() - timedelta(hours=3))
-    await pass_days(place, 75)
-    assert invoiced(place) == 3_000_000
+    await place.pass_days(75)
+    assert place.invoiced_usage() == 3_000_000
 
 
 async def test_usage_while_two_billed_it_is_billed_once(place: BillingPlace) -> None:
     """The first is past due when a second is made; it is heard of three hours later. The first is cancelled."""
     org = await place.subscriber()
-    await pass_days(place, 2)
-    ((first,),) = await place.rows("SELECT id FROM subscriptions")
+    await place.pass_days(2)
+    first = await place.subscription_of(org)
     place.twin.state.tables["subscription"][first]["status"] = "past_due"
     await place.applier.look_at_customers()
     place.pass_time(minutes=5)
@@ -246,11 +225,11 @@ async def test_usage_while_two_billed_it_is_billed_once(place: BillingPlace) -> 
     place.pass_time(hours=2)
     await place.export()
     await place.hear()
-    await pass_days(place, 3)
-    await place.api.cancel_subscription(str(first))
+    await place.pass_days(3)
+    await place.api.cancel_subscription(first)
     await place.hear()
-    await pass_days(place, 40)
-    assert invoiced(place) == 3_000_000
+    await place.pass_days(40)
+    assert place.invoiced_usage() == 3_000_000
 
 
 async def test_tokens_that_are_parked_keep_nobody_from_ending(place: BillingPlace) -> None:
@@ -261,6 +240,7 @@ async def test_tokens_that_are_parked_keep_nobody_from_ending(place: BillingPlac
     await place.export()
     await place.rows("UPDATE meter_cursors SET parked_for = 'x' WHERE meter LIKE 'input%' RETURNING 1")
     await place.customers.cancel(org, at_once=True)
+    assert await place.rows("SELECT status FROM subscriptions") == [("canceled",)]
 
 
 async def test_a_clock_that_is_behind_a_second_loses_no_period(place: BillingPlace) -> None:
@@ -268,16 +248,16 @@ async def test_a_clock_that_is_behind_a_second_loses_no_period(place: BillingPla
     place.plans = build_plans(tomllib.loads(EXAMPLE + '\n[plans.flat]\ntitle = "Flat"\nprice_usd_per_month = 200\n'))
     await place.synchronise()
     org = await place.subscriber("pro")
-    await pass_days(place, 5)
+    await place.pass_days(5)
     behind = ManualClock(place.clock.now() - timedelta(seconds=1))
     customers = Customers(place.database, place.api, behind, lambda: place.plans)
     await customers.change_plan(org, "flat")
-    await pass_days(place, 3)
+    await place.pass_days(3)
     await place.customers.change_plan(org, "pro")
-    await pass_days(place, 2)
+    await place.pass_days(2)
     await place.use(org, 3 * DOLLAR, place.clock.now() - timedelta(hours=3))
-    await pass_days(place, 70)
-    assert invoiced(place) == 3_000_000
+    await place.pass_days(70)
+    assert place.invoiced_usage() == 3_000_000
 
 
 async def test_a_clock_that_is_behind_a_second_loses_no_usage(place: BillingPlace) -> None:
@@ -285,21 +265,21 @@ async def test_a_clock_that_is_behind_a_second_loses_no_usage(place: BillingPlac
     place.plans = build_plans(tomllib.loads(_FLAT))
     await place.synchronise()
     org = await place.subscriber("flat")
-    await pass_days(place, 5)
+    await place.pass_days(5)
     behind = ManualClock(place.clock.now() - timedelta(seconds=1))
     customers = Customers(place.database, place.api, behind, lambda: place.plans)
     await customers.change_plan(org, "pro")
     place.pass_time(minutes=10)
     await place.use(org, 3 * DOLLAR)
-    await pass_days(place, 70)
-    found = await agreement_of(place)
-    assert invoiced(place) == 3_000_000 or not found.agrees
+    await place.pass_days(70)
+    assert place.invoiced_usage() == 3_000_000
+    assert (await place.agreement()).agrees
 
 
 async def test_a_yearly_agreement_with_monthly_usage(place: BillingPlace) -> None:
     """Flexible billing lets a subscription's items have different intervals; the plan's comes first."""
-    await place.subscriber()
-    ((subscription_id,),) = await place.rows("SELECT id FROM subscriptions")
+    org = await place.subscriber()
+    subscription_id = await place.subscription_of(org)
     source = place.twin.state.tables["subscription"][subscription_id]
     raw = json.loads(json.dumps({k: v for k, v in source.items() if not k.startswith("_")}))
     month = raw["items"]["data"][1]
@@ -328,10 +308,10 @@ async def test_a_page_that_could_not_be_closed_is_closed_later(place: BillingPla
 async def test_usage_after_an_item_was_taken_off_unheard_is_told_of(place: BillingPlace) -> None:
     """The operator takes the usage item off in the dashboard; the worker hears of it two hours later."""
     org = await place.subscriber()
-    await pass_days(place, 2)
+    await place.pass_days(2)
     ((subscription_id, item_id),) = await place.rows("SELECT id, usage_item_id FROM subscriptions")
     await place.api.update_subscription(
-        str(subscription_id),
+        subscription_id,
         {"items": [{"id": str(item_id), "deleted": True}], "proration_behavior": "create_prorations"},
     )
     place.pass_time(hours=1)
@@ -339,8 +319,8 @@ async def test_usage_after_an_item_was_taken_off_unheard_is_told_of(place: Billi
     place.pass_time(hours=1)
     await place.export()
     await place.hear()
-    await pass_days(place, 40)
-    found = await agreement_of(place)
+    await place.pass_days(40)
+    found = await place.agreement()
     assert not found.agrees
 
 
@@ -348,17 +328,17 @@ async def test_usage_after_an_item_was_put_on_unheard_is_billed(place: BillingPl
     place.plans = build_plans(tomllib.loads(_FLAT))
     await place.synchronise()
     org = await place.subscriber("flat")
-    await pass_days(place, 2)
-    ((subscription_id,),) = await place.rows("SELECT id FROM subscriptions")
+    await place.pass_days(2)
+    subscription_id = await place.subscription_of(org)
     (price,) = [p for p in place.twin.state.tables["price"].values() if p["recurring"]["usage_type"] == "metered"]
-    await place.api.update_subscription(str(subscription_id), {"items": [{"price": price["id"]}]})
+    await place.api.update_subscription(subscription_id, {"items": [{"price": price["id"]}]})
     place.pass_time(hours=1)
     await place.use(org, 3 * DOLLAR)
     place.pass_time(hours=1)
     await place.hear()
-    await pass_days(place, 70)
-    await agreement_of(place)
-    assert invoiced(place) == 3_000_000
+    await place.pass_days(70)
+    assert place.invoiced_usage() == 3_000_000
+    assert (await place.agreement()).agrees
 
 
 async def test_credit_that_is_bought_long_after_is_there_to_be_spent(place: BillingPlace) -> None:
@@ -366,11 +346,11 @@ async def test_credit_that_is_bought_long_after_is_there_to_be_spent(place: Bill
     org = await place.subscriber()
     place.pass_time(minutes=5)
     late = place.clock.now()
-    await _hours(place, 2)
+    await place.pass_hours(2)
     await place.customers.cancel(org, at_once=True)
-    await _hours(place, 5)
+    await place.pass_hours(5)
     await place.use(org, 30 * DOLLAR, late)
-    await pass_days(place, 2)
-    await pass_days(place, 20)
-    await _add(place, org, 1_000, "a")
-    assert await _left(place, org) > 0
+    await place.pass_days(2)
+    await place.pass_days(20)
+    await place.add_credit(org, 1_000, "a")
+    assert await place.credit_left(org) > 0

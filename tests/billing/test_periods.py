@@ -26,57 +26,37 @@ async def _billed(place: BillingPlace) -> int:
     return sum(int(row[0]) for row in rows)
 
 
-def _lines(place: BillingPlace) -> int:
-    """What Stripe has on final invoices."""
-    return sum(
-        line["quantity"]
-        for invoice in place.twin.state.tables["invoice"].values()
-        if invoice["status"] in {"paid", "open"}
-        for line in invoice["lines"]["data"]
-        if line["_price"]["recurring"]["usage_type"] == "metered"
-    )
-
-
-async def _days(place: BillingPlace, days: int) -> None:
-    for _ in range(days):
-        place.pass_time(days=1)
-        await place.hear()
-        await place.export()
-        await place.reconciler.round()
-        await place.reconciler.round(is_doubt_only=True)
-
-
 async def test_a_second_subscriptions_period_keeps_no_usage_from_the_first_ones_next_invoice(
     place: BillingPlace,
 ) -> None:
     org = await place.subscriber()
-    await _days(place, 20)
+    await place.pass_days(20)
     await place.second_subscription(org)
     await place.hear()
-    await _days(place, 16)  # the first has renewed, and the second's period goes on
+    await place.pass_days(16)  # the first has renewed, and the second's period goes on
     await place.use(org, 3 * DOLLAR, place.clock.now() - timedelta(hours=3))
-    await _days(place, 65)
+    await place.pass_days(65)
     assert await _billed(place) == 3_000_000
 
 
 async def test_usage_is_billed_after_the_first_of_two_subscriptions_is_cancelled(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await _days(place, 2)
+    await place.pass_days(2)
     ((first,),) = await place.rows("SELECT id FROM subscriptions")
     await place.second_subscription(org)
     await place.hear()
-    await _days(place, 1)
+    await place.pass_days(1)
     await place.api.cancel_subscription(str(first))  # the operator takes the older one back
     await place.hear()
-    await _days(place, 3)
+    await place.pass_days(3)
     await place.use(org, 3 * DOLLAR, place.clock.now() - timedelta(hours=3))
-    await _days(place, 35)
+    await place.pass_days(35)
     assert await _billed(place) == 3_000_000
 
 
 async def test_the_second_of_two_bills_usage_where_the_first_is_not_paid(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await _days(place, 2)
+    await place.pass_days(2)
     ((first,),) = await place.rows("SELECT id FROM subscriptions")
     place.twin.state.tables["subscription"][first]["status"] = "unpaid"
     await place.applier.look_at_customers()
@@ -91,11 +71,11 @@ async def test_trial_usage_that_is_reported_late_is_free(place: BillingPlace) ->
     await place.synchronise()
     org = await place.subscriber("try")
     in_trial = place.clock.now() + timedelta(days=2)
-    await _days(place, 12)  # final by now
+    await place.pass_days(12)  # final by now
     rows = await place.rows("SELECT starts_at, ends_at, is_trial, is_closed FROM billing_periods ORDER BY 1")
     await place.use(org, 7 * DOLLAR, in_trial)  # settled late, or a worker that did not run
-    await _days(place, 45)
-    assert _lines(place) == 0, rows
+    await place.pass_days(45)
+    assert place.invoiced_usage() == 0, rows
 
 
 async def test_a_worker_that_did_not_run_makes_no_trial_paid(place: BillingPlace) -> None:
@@ -104,8 +84,8 @@ async def test_a_worker_that_did_not_run_makes_no_trial_paid(place: BillingPlace
     org = await place.subscriber("try")
     await place.use(org, 7 * DOLLAR, place.clock.now() + timedelta(days=2))
     place.pass_time(days=36)
-    await _days(place, 65)
-    assert _lines(place) == 0
+    await place.pass_days(65)
+    assert place.invoiced_usage() == 0
 
 
 async def test_credit_pays_after_a_trial_that_was_ended_early(place: BillingPlace) -> None:
@@ -175,13 +155,13 @@ async def test_late_usage_of_before_a_change_to_a_plan_that_includes_it_is_told_
     await place.export()
     await place.customers.change_plan(org, "flat")
     await place.hear()
-    await _days(place, 28)  # the invoice of the period is final
+    await place.pass_days(28)  # the invoice of the period is final
     await place.use(org, 7 * DOLLAR, late)  # corrected, or settled late
-    await _days(place, 5)
-    await _days(place, 35)
+    await place.pass_days(5)
+    await place.pass_days(35)
     async with place.database.transaction() as session:
         found = await agreement.reconciliation(session, place.clock.now())
-    assert (_lines(place), found.agrees) == (2_000_000, False)
+    assert (place.invoiced_usage(), found.agrees) == (2_000_000, False)
     assert [one.amount for one in found.uncollected] == [7 * DOLLAR]
 
 
@@ -198,10 +178,10 @@ async def test_usage_in_the_last_minutes_before_a_change_to_included_is_told_of(
     await place.hear()
     place.pass_time(minutes=3)
     await place.use(org, 7 * DOLLAR, began)
-    await _days(place, 65)
+    await place.pass_days(65)
     async with place.database.transaction() as session:
         found = await agreement.reconciliation(session, place.clock.now())
-    assert (_lines(place), found.agrees) == (0, False)
+    assert (place.invoiced_usage(), found.agrees) == (0, False)
     assert [one.amount for one in found.uncollected] == [7 * DOLLAR]
 
 
@@ -224,10 +204,10 @@ async def test_everything_is_billed_before_usage_is_included_although_a_worker_w
     await worker._recorded(batches, await worker._sent(batches), Exported())
     await change
     await place.hear()
-    await _days(place, 65)
+    await place.pass_days(65)
     async with place.database.transaction() as session:
         found = await agreement.reconciliation(session, place.clock.now())
-    assert (_lines(place), found.agrees) == (7_000_000, True)
+    assert (place.invoiced_usage(), found.agrees) == (7_000_000, True)
 
 
 async def test_reports_that_are_parked_keep_a_subscription_from_ending_unbilled(place: BillingPlace) -> None:
@@ -271,9 +251,9 @@ async def test_usage_after_a_renewal_that_was_not_heard_of_is_billed(place: Bill
         await place.export()
     async with place.database.transaction() as session:
         assert (await agreement.reconciliation(session, place.clock.now())).is_stuck
-    await _days(place, 33)
+    await place.pass_days(33)
     drawn = credit_cents * 10_000
     # The invoice of the ended period was final before we knew of it, so that the next one has all.
-    assert (_lines(place), await _billed(place)) == (5_000_000 - drawn, 5_000_000 - drawn)
+    assert (place.invoiced_usage(), await _billed(place)) == (5_000_000 - drawn, 5_000_000 - drawn)
     async with place.database.transaction() as session:
         assert await prepaid.left(session, place.clock.now(), organization_id=org) == 0

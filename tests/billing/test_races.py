@@ -14,11 +14,6 @@ from tests.harness.billing import PAGES, BillingPlace
 _DOLLAR = 1_000_000_000
 
 
-async def _id_of(place: BillingPlace, org: str) -> str:
-    ((found,),) = await place.rows("SELECT id FROM subscriptions WHERE organization_id = :org", org=org)
-    return str(found)
-
-
 async def _keep(place: BillingPlace, session, subscription) -> None:
     read_at = await place.applier._read_at()
     await keep_subscription(session, subscription, place.plans, read_at=read_at, now=place.clock.now())
@@ -29,7 +24,7 @@ async def test_one_ends_while_another_begins(place: BillingPlace) -> None:
     org = await place.subscriber()
     async with place.database.transaction() as session:
         await prepaid.add_credit(session, Credit(cents=500, source="a"), place.clock.now(), organization_id=org)
-    old = await _id_of(place, org)
+    old = await place.subscription_of(org)
     new = await place.second_subscription(org)
     await place.api.cancel_subscription(old)
     ended, begun = await place.api.get_subscription(old), await place.api.get_subscription(new)
@@ -52,7 +47,7 @@ async def test_one_ends_while_another_begins(place: BillingPlace) -> None:
 async def test_an_old_subscription_that_is_read_again_takes_no_new_plan_away(place: BillingPlace) -> None:
     org = await place.subscriber()
     await place.customers.cancel(org, at_once=True)
-    old = await _id_of(place, org)
+    old = await place.subscription_of(org)
     page = await place.customers.subscribe(org, "pro", PAGES)
     place.twin.complete_checkout(page.id)
     new = next(one for one in place.twin.state.tables["subscription"] if one != old)

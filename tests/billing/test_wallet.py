@@ -9,18 +9,13 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from core.ids import OrganizationId
-from metering.billing import prepaid, wallet
+from metering.billing import wallet
 from metering.billing.errors import StripeFailed, TopUpInvalid
 from metering.billing.twin.engine.payments import attach
 from metering.billing.twin.faults import FaultPlan
 from tests.harness.billing import PAGES, BillingPlace
 
 _DOLLAR = 1_000_000_000
-
-
-async def _left(place: BillingPlace, organization_id: OrganizationId) -> int:
-    async with place.database.transaction() as session:
-        return await prepaid.left(session, place.clock.now(), organization_id=organization_id)
 
 
 async def _budget(place: BillingPlace, organization_id: OrganizationId) -> list[tuple[object, ...]]:
@@ -43,7 +38,7 @@ class TestATopUp:
             await place.hear()
             await place.rows("UPDATE stripe_events SET state = 'new', due_at = now() RETURNING 1")
             await place.applier.apply_due()
-        assert await _left(place, organization_id) == 10 * _DOLLAR
+        assert await place.credit_left(organization_id) == 10 * _DOLLAR
         assert len(await place.rows("SELECT id FROM wallet_transfers")) == 1
 
     async def test_lets_so_much_be_spent_and_no_more(self, place: BillingPlace) -> None:
@@ -59,7 +54,7 @@ class TestATopUp:
         place.twin.complete_checkout(again.id)
         await place.hear()
         assert await _budget(place, organization_id) == [(18 * _DOLLAR, True)]
-        assert await _left(place, organization_id) == 11 * _DOLLAR
+        assert await place.credit_left(organization_id) == 11 * _DOLLAR
 
     @pytest.mark.parametrize("cents", [-1, 0, 499, 100_000_000])
     async def test_of_too_little_or_too_much_is_refused(self, place: BillingPlace, cents: int) -> None:
@@ -71,7 +66,7 @@ class TestATopUp:
         checkout = await place.customers.top_up(organization_id, 1_000, PAGES)
         assert not place.twin.complete_checkout(checkout.id, "pm_card_chargeCustomerFail")
         await place.hear()
-        assert await _left(place, organization_id) == 0
+        assert await place.credit_left(organization_id) == 0
         assert await _budget(place, organization_id) == []
 
 
@@ -84,7 +79,7 @@ class TestUsage:
         async with place.database.transaction() as session:
             balance = await wallet.balance(session, organization_id=organization_id)
         assert balance == 10 * _DOLLAR - 1_234_000
-        assert await _left(place, organization_id) == 10 * _DOLLAR - 1_234_000
+        assert await place.credit_left(organization_id) == 10 * _DOLLAR - 1_234_000
         assert await place.stripe_total(organization_id) == 0
         assert await place.rows("SELECT state, value, drawn FROM meter_reports") == [("settled", 0, 1_234)]
 
@@ -104,7 +99,7 @@ class TestUsage:
         assert drawn == 5_000_000
         assert await place.stripe_total(organization_id) == 1_000_000
         assert drawn + 1_000_000 == await place.ledger_total(organization_id) // 1_000
-        assert await _left(place, organization_id) == 0
+        assert await place.credit_left(organization_id) == 0
 
     async def test_of_what_is_left_after_a_subscription_is_held_to_it_again(self, place: BillingPlace) -> None:
         organization_id = await place.subscriber()
@@ -115,7 +110,7 @@ class TestUsage:
         place.pass_time(minutes=5)
         await place.customers.cancel(organization_id, at_once=True)
         assert await _budget(place, organization_id) == [(5 * _DOLLAR, True)]
-        assert await _left(place, organization_id) == 3 * _DOLLAR
+        assert await place.credit_left(organization_id) == 3 * _DOLLAR
 
 
 class TestTheBooks:
@@ -155,7 +150,7 @@ class TestAutomaticTopUps:
         assert await place.top_ups.round() == 1
         assert await place.top_ups.round() == 0
         await place.hear()
-        assert await _left(place, organization_id) == 22 * _DOLLAR
+        assert await place.credit_left(organization_id) == 22 * _DOLLAR
 
     async def test_not_while_there_is_enough(self, place: BillingPlace) -> None:
         organization_id = await _topped_up(place, 500)
@@ -176,7 +171,7 @@ class TestAutomaticTopUps:
         await place.hear()
         paid = [one for one in place.twin.state.tables["payment_intent"].values() if one["amount"] == 2_000]
         assert [one["status"] for one in paid] == ["succeeded"]
-        assert await _left(place, organization_id) == 22 * _DOLLAR
+        assert await place.credit_left(organization_id) == 22 * _DOLLAR
 
     async def test_of_an_answer_that_never_came_is_looked_for_after_a_day(self, place: BillingPlace) -> None:
         organization_id = await self._low(place)
@@ -185,7 +180,7 @@ class TestAutomaticTopUps:
             await place.top_ups.round()
         place.pass_time(days=1)
         assert await place.top_ups.round() == 1
-        assert await _left(place, organization_id) == 22 * _DOLLAR
+        assert await place.credit_left(organization_id) == 22 * _DOLLAR
 
     async def test_that_were_declined_are_not_tried_every_minute(self, place: BillingPlace) -> None:
         organization_id = await self._low(place, "pm_card_chargeCustomerFail")
@@ -193,7 +188,7 @@ class TestAutomaticTopUps:
         assert await place.top_ups.round() == 0
         asked = [one for one in place.twin.journal.entries if one.path == "/v1/payment_intents"]
         assert len(asked) == 1
-        assert await _left(place, organization_id) == 2 * _DOLLAR
+        assert await place.credit_left(organization_id) == 2 * _DOLLAR
         place.pass_time(days=1, minutes=1)
         assert await place.top_ups.round() == 0
         assert len(await place.rows("SELECT id FROM top_ups WHERE state = 'failed'")) == 2

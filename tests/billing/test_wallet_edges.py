@@ -23,11 +23,6 @@ from tests.harness.billing import PAGES, BillingPlace
 _DOLLAR = 1_000_000_000
 
 
-async def _left(place: BillingPlace, organization_id: OrganizationId) -> int:
-    async with place.database.transaction() as session:
-        return await prepaid.left(session, place.clock.now(), organization_id=organization_id)
-
-
 async def _balance(place: BillingPlace, organization_id: OrganizationId) -> int:
     async with place.database.transaction() as session:
         return await wallet.balance(session, organization_id=organization_id)
@@ -43,38 +38,33 @@ async def _own_budget(place: BillingPlace, organization_id: OrganizationId) -> l
     return await place.rows(query, org=organization_id)
 
 
-async def _add(place: BillingPlace, org: OrganizationId, cents: int, source: str) -> None:
-    async with place.database.transaction() as session:
-        await prepaid.add_credit(session, Credit(cents=cents, source=source), place.clock.now(), organization_id=org)
-
-
 async def test_usage_of_the_hour_before_the_first_top_up_takes_nothing_of_it(place: BillingPlace) -> None:
     org = await place.organization()
     await place.use(org, 3 * _DOLLAR, place.clock.now() - timedelta(minutes=10))
-    await _add(place, org, 1_000, "a")
+    await place.add_credit(org, 1_000, "a")
     assert await _budget(place, org) == [(13 * _DOLLAR, True)]
 
 
 async def test_two_top_ups_at_once_can_both_be_spent(place: BillingPlace) -> None:
     org = await place.organization()
-    await _add(place, org, 500, "first")
+    await place.add_credit(org, 500, "first")
     async with place.database.transaction() as one:
         await prepaid.add_credit(one, Credit(cents=1_000, source="a"), place.clock.now(), organization_id=org)
-        other = asyncio.create_task(_add(place, org, 2_000, "b"))
+        other = asyncio.create_task(place.add_credit(org, 2_000, "b"))
         await place.held_up()
     await other
-    assert await _left(place, org) == 35 * _DOLLAR
+    assert await place.credit_left(org) == 35 * _DOLLAR
     assert await _budget(place, org) == [(35 * _DOLLAR, True)]
 
 
 async def test_a_top_up_while_usage_is_planned_lets_no_more_be_spent_than_there_is(place: BillingPlace) -> None:
     org = await place.organization()
-    await _add(place, org, 1_000, "a")
+    await place.add_credit(org, 1_000, "a")
     for number in range(8):
         await place.use(org, _DOLLAR, place.clock.now() + timedelta(minutes=2))
         place.pass_time(hours=2)
-        await asyncio.gather(place.export(), _add(place, org, 500, f"b{number}"), place.export())
-        left = await _left(place, org)
+        await asyncio.gather(place.export(), place.add_credit(org, 500, f"b{number}"), place.export())
+        left = await place.credit_left(org)
         assert left == (10 + 5 * (number + 1) - (number + 1)) * _DOLLAR
         assert await _budget(place, org) == [((10 + 5 * (number + 1)) * _DOLLAR, True)]
 
@@ -117,7 +107,7 @@ async def test_the_card_is_not_charged_every_minute(place: BillingPlace) -> None
 
 async def test_credit_that_paid_for_usage_comes_back_when_that_is_corrected(place: BillingPlace) -> None:
     org = await place.subscriber()
-    await _add(place, org, 500, "a")
+    await place.add_credit(org, 500, "a")
     at = place.clock.now() + timedelta(minutes=1)
     await place.use(org, 4 * _DOLLAR, at)
     place.pass_time(hours=2)
@@ -138,7 +128,7 @@ async def test_a_free_trial_takes_no_credit(place: BillingPlace) -> None:
     )
     await place.synchronise()
     org = await place.subscriber("try")
-    await _add(place, org, 500, "a")
+    await place.add_credit(org, 500, "a")
     await place.use(org, 4 * _DOLLAR, place.clock.now() + timedelta(minutes=1))
     place.pass_time(hours=2)
     await place.export()
@@ -151,7 +141,7 @@ async def test_an_operators_total_budget_stays_when_credit_is_bought(place: Bill
         await budgets.set_budget(
             session, ("organization", org), "total", limit=NanoUsd(2 * _DOLLAR), is_hard=True, organization_id=org
         )
-    await _add(place, org, 100_000, "a")
+    await place.add_credit(org, 100_000, "a")
     assert await _budget(place, org) == [(1_000 * _DOLLAR, True)]
     assert await _own_budget(place, org) == [(2 * _DOLLAR, True)]
 
@@ -162,7 +152,7 @@ async def test_an_operators_total_budget_stays_when_a_subscriber_buys_credit(pla
         await budgets.set_budget(
             session, ("organization", org), "total", limit=NanoUsd(2 * _DOLLAR), is_hard=True, organization_id=org
         )
-    await _add(place, org, 1_000, "a")
+    await place.add_credit(org, 1_000, "a")
     assert await _own_budget(place, org) == [(2 * _DOLLAR, True)]
 
 
@@ -171,7 +161,7 @@ async def test_included_usage_takes_no_credit(place: BillingPlace) -> None:
     place.plans = build_plans(tomllib.loads(EXAMPLE + '\n[plans.flat]\ntitle = "Flat"\nprice_usd_per_month = 20\n'))
     await place.synchronise()
     org = await place.organization()
-    await _add(place, org, 500, "a")
+    await place.add_credit(org, 500, "a")
     checkout = await place.customers.subscribe(org, "flat", PAGES)
     place.twin.complete_checkout(checkout.id)
     await place.hear()

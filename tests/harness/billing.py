@@ -14,12 +14,14 @@ from core.clock import ManualClock
 from core.database import Database
 from core.ids import OrganizationId
 from core.settings import Pepper, StripeSettings
-from metering.billing import catalog
+from metering.billing import catalog, prepaid
+from metering.billing.agreement import ReconciliationView, reconciliation
 from metering.billing.apply import Applier
 from metering.billing.customers import Customers, ReturnPages
 from metering.billing.export import Exported, Exporter
 from metering.billing.meters import USAGE
 from metering.billing.plans import EXAMPLE, Plans, build_plans
+from metering.billing.prepaid import Credit
 from metering.billing.reconcile import Reconciled, Reconciler
 from metering.billing.stripe_api import StripeApi
 from metering.billing.top_up import TopUps
@@ -109,19 +111,54 @@ class BillingPlace:
         await self.hear()
         return organization_id
 
-    async def second_subscription(self, organization_id: OrganizationId) -> str:
-        """Another one of the same prices, as an operator makes one in the dashboard; we have not heard of it yet."""
-        query = "SELECT id FROM subscriptions WHERE organization_id = :org"
-        ((first_id,),) = await self.rows(query, org=organization_id)
-        first = self.twin.state.tables["subscription"][str(first_id)]
+    async def second_subscription(self, organization_id: OrganizationId, prices: list[str] | None = None) -> str:
+        """Another one, as an operator makes one in the dashboard; we have not heard of it yet. None: of the same prices."""
+        first = self.twin.state.tables["subscription"][await self.subscription_of(organization_id)]
+        same = [item["price"]["id"] for item in first["items"]["data"]]
         made = await self.api._client.v1.subscriptions.create_async(
             {
                 "customer": first["customer"],
-                "items": [{"price": item["price"]["id"]} for item in first["items"]["data"]],
+                "items": [{"price": price} for price in prices or same],
                 "default_payment_method": first["default_payment_method"],
             }
         )
         return made.id
+
+    async def subscription_of(self, organization_id: OrganizationId) -> str:
+        """The only one that we know of."""
+        query = "SELECT id FROM subscriptions WHERE organization_id = :org"
+        ((found,),) = await self.rows(query, org=organization_id)
+        return str(found)
+
+    def usage_prices(self, subscription_id: str) -> list[str]:
+        """The prices by which a subscription bills usage, at Stripe."""
+        items = self.twin.state.tables["subscription"][subscription_id]["items"]["data"]
+        return [item["price"]["id"] for item in items if item["price"]["recurring"]["usage_type"] == "metered"]
+
+    def invoiced_usage(self) -> int:
+        """What Stripe has on invoices that are final, in micro-USD."""
+        return sum(
+            line["quantity"]
+            for invoice in self.twin.state.tables["invoice"].values()
+            if invoice["status"] in {"paid", "open"}
+            for line in invoice["lines"]["data"]
+            if line["_price"]["recurring"]["usage_type"] == "metered"
+        )
+
+    async def agreement(self, only: OrganizationId | None = None) -> ReconciliationView:
+        """What stands between the ledger and Stripe, as the operator is shown it."""
+        async with self.database.transaction() as session:
+            return await reconciliation(session, self.clock.now(), only=only)
+
+    async def add_credit(self, organization_id: OrganizationId, cents: int, source: str) -> None:
+        credit = Credit(cents=cents, source=source)
+        async with self.database.transaction() as session:
+            await prepaid.add_credit(session, credit, self.clock.now(), organization_id=organization_id)
+
+    async def credit_left(self, organization_id: OrganizationId) -> int:
+        """In nano-USD."""
+        async with self.database.transaction() as session:
+            return await prepaid.left(session, self.clock.now(), organization_id=organization_id)
 
     async def hear(self) -> None:
         """Learn what happened at Stripe, as a worker does after an outage."""
@@ -156,6 +193,22 @@ class BillingPlace:
     def pass_time(self, **step: float) -> None:
         self.clock.advance(timedelta(**step))
         self.twin.tick()
+
+    async def pass_hours(self, hours: int) -> None:
+        """Let a worker do each hour what it does in an hour, besides comparing."""
+        for _ in range(hours):
+            self.pass_time(hours=1)
+            await self.hear()
+            await self.export()
+
+    async def pass_days(self, days: int) -> None:
+        """Let a worker do all that it does, once a day."""
+        for _ in range(days):
+            self.pass_time(days=1)
+            await self.hear()
+            await self.export()
+            await self.reconciler.round()
+            await self.reconciler.round(is_doubt_only=True)
 
     async def customer_of(self, organization_id: OrganizationId) -> str:
         return await self.customers.customer_of(organization_id)

@@ -7,6 +7,8 @@ import contextlib
 import tomllib
 from datetime import timedelta
 
+import pytest
+
 from metering.billing.errors import StripeFailed
 from metering.billing.plans import EXAMPLE, build_plans
 from metering.billing.twin.faults import FaultPlan
@@ -37,7 +39,10 @@ async def test_usage_while_the_first_is_past_due_is_billed_when_it_is_paid_again
     assert found.agrees
 
 
-async def test_a_first_that_ended_unheard_leaves_the_seconds_usage_billed(place: BillingPlace) -> None:
+@pytest.mark.parametrize("is_read_first", [True, False], ids=["read", "by events"])
+async def test_a_first_that_ended_unheard_leaves_the_seconds_usage_billed(
+    place: BillingPlace, is_read_first: bool
+) -> None:
     """In the dashboard the old one is cancelled and another made; the worker hears of it two hours later."""
     org = await place.subscriber()
     await place.pass_days(2)
@@ -48,26 +53,12 @@ async def test_a_first_that_ended_unheard_leaves_the_seconds_usage_billed(place:
     place.pass_time(hours=1)
     await place.use(org, 3 * DOLLAR)
     place.pass_time(hours=1)
-    await place.applier.look_at_customers()
+    if is_read_first:
+        await place.applier.look_at_customers()
     await place.hear()
     await place.pass_days(75)
     assert place.invoiced_usage() == 3_000_000
     assert (await place.agreement()).agrees
-
-
-async def test_the_same_heard_by_events(place: BillingPlace) -> None:
-    org = await place.subscriber()
-    await place.pass_days(2)
-    first = await place.subscription_of(org)
-    await place.api.cancel_subscription(first)
-    place.pass_time(seconds=5)
-    await place.second_subscription(org)
-    place.pass_time(hours=1)
-    await place.use(org, 3 * DOLLAR)
-    place.pass_time(hours=1)
-    await place.hear()
-    await place.pass_days(75)
-    assert place.invoiced_usage() == 3_000_000
 
 
 async def test_a_refusal_to_take_the_item_off_holds_up_no_invoice(place: BillingPlace) -> None:

@@ -129,7 +129,7 @@ def accept(org: str, yes: bool, as_json: bool) -> None:
     else:
         click.echo(
             f"Accepted: {done.hours} hours, {done.invoices} invoices, {done.periods} periods without an invoice, "
-            f"{done.windows} windows of uncollected usage."
+            f"{done.windows} windows of uncollected usage, {done.subscriptions} subscriptions."
         )
 
 
@@ -205,8 +205,8 @@ def _print_status(found: Any) -> None:
         click.echo(
             f"No invoice takes {one.amount} (nano-USD or tokens) of {one.organization_id} from {one.window_starts_at}."
         )
-    for organization_id in found.doubled:
-        click.echo(f"{organization_id} has two subscriptions that bill usage, or none of those that should.")
+    for one in found.usage_items:
+        click.echo(f"{one.subscription_id or 'Subscriptions'} of {one.organization_id}: {one.reason}.")
     for one in found.parked:
         click.echo(f"Nothing is reported of {one.organization_id}: {one.reason}. See `aap stripe resume`.")
 

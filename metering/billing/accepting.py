@@ -14,7 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId
-from metering.billing.agreement import is_other, is_uninvoiced, uninvoiced_of_period
+from metering.billing.agreement import is_other, is_uninvoiced, is_usage_problem, uninvoiced_of_period
 from metering.billing.moving import reported_for_invoice
 from metering.billing.ownership import lock_account
 from metering.billing.tables import (
@@ -22,6 +22,7 @@ from metering.billing.tables import (
     InvoiceRow,
     MeterCheckRow,
     MeterWindowRow,
+    SubscriptionRow,
     UncollectedUsageRow,
 )
 
@@ -37,6 +38,8 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True):
     """That are over, and of which no invoice bills something."""
     windows: int
     """Of usage that no invoice takes."""
+    subscriptions: int
+    """That bill usage otherwise than their plan says."""
 
 
 async def accept_differences(session: AsyncSession, now: datetime, *, organization_id: OrganizationId) -> Accepted:
@@ -62,11 +65,19 @@ async def accept_differences(session: AsyncSession, now: datetime, *, organizati
         .returning(BillingPeriodRow.starts_at)
         .execution_options(synchronize_session=False)
     )
+    subscriptions = await session.execute(
+        update(SubscriptionRow)
+        .where(SubscriptionRow.organization_id == organization_id, *is_usage_problem())
+        .values(accepted_usage_problem=SubscriptionRow.usage_problem)
+        .returning(SubscriptionRow.id)
+        .execution_options(synchronize_session=False)
+    )
     accepted = Accepted(
         hours=len(hours.all()),
         invoices=len(invoices.all()),
         periods=len(periods.all()),
         windows=await _write_off(session, now, organization_id=organization_id),
+        subscriptions=len(subscriptions.all()),
     )
     _log.warning("billing.differences_accepted", organization_id=organization_id, **msgspec.structs.asdict(accepted))
     return accepted

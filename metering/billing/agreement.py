@@ -72,6 +72,15 @@ class InvoiceDifferenceView(msgspec.Struct, frozen=True, kw_only=True):
     invoiced: int
 
 
+class UsageItemView(msgspec.Struct, frozen=True):
+    """Usage that Stripe bills twice, not at all, or although the plan includes it."""
+
+    organization_id: str
+    subscription_id: str | None
+    """None: it is all of its subscriptions together."""
+    reason: str
+
+
 class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     """Whether Stripe agrees with the ledger, for the operator."""
 
@@ -88,8 +97,7 @@ class ReconciliationView(msgspec.Struct, frozen=True, kw_only=True):
     invoices: list[InvoiceDifferenceView]
     parked: list[ParkedView]
     uncollected: list[UncollectedView]
-    doubled: list[str]
-    """Organizations whose usage is billed by two subscriptions, or by none that could."""
+    usage_items: list[UsageItemView]
 
 
 async def reconciliation(
@@ -114,9 +122,9 @@ async def reconciliation(
     ]
     parked = await _parked(session, limit, organization_id=only)
     uncollected = await _uncollected(session, limit, organization_id=only)
-    doubled = await _doubled(session, limit, organization_id=only)
+    usage_items = await _usage_items(session, limit, organization_id=only)
     return ReconciliationView(
-        agrees=not (differences or invoices or parked or uncollected or doubled or is_stuck or events.get("dead")),
+        agrees=not (differences or invoices or parked or uncollected or usage_items or is_stuck or events.get("dead")),
         is_stuck=is_stuck,
         reconciled_at=await marks.moment(session, "reconciled"),
         reports=await _reports_by_state(session, organization_id=only),
@@ -126,7 +134,7 @@ async def reconciliation(
         invoices=invoices,
         parked=parked,
         uncollected=uncollected,
-        doubled=doubled,
+        usage_items=usage_items,
     )
 
 
@@ -248,8 +256,8 @@ def uninvoiced_of_period() -> ScalarSelect[int]:
     """Return, for a statement about periods, what was reported for each at times that no invoice bills."""
     is_invoiced = exists().where(
         InvoiceRow.organization_id == MeterReportRow.organization_id,
-        InvoiceRow.usage_starts_at <= MeterReportRow.event_at,
-        InvoiceRow.usage_ends_at > MeterReportRow.event_at,
+        InvoiceRow.status != "deleted",
+        InvoiceRow.usage_spans.contains(MeterReportRow.event_at),
     )
     return (
         select(func.coalesce(func.sum(MeterReportRow.value), 0))
@@ -272,8 +280,8 @@ def is_uninvoiced(now: datetime) -> tuple[ColumnElement[bool], ...]:
     period = BillingPeriodRow
     is_whole = exists().where(
         InvoiceRow.organization_id == period.organization_id,
-        InvoiceRow.usage_starts_at <= period.starts_at,
-        InvoiceRow.usage_ends_at >= period.ends_at,
+        InvoiceRow.status != "deleted",
+        InvoiceRow.usage_spans.contains(func.tstzrange(period.starts_at, period.ends_at)),
     )
     # A part that a change of the plan cut off is billed with the rest of the subscription's period.
     is_to_come = exists().where(
@@ -293,17 +301,39 @@ def is_uninvoiced(now: datetime) -> tuple[ColumnElement[bool], ...]:
     )
 
 
-async def _doubled(session: AsyncSession, limit: int, *, organization_id: OrganizationId | None) -> list[str]:
-    """Return the organizations whose usage is billed by two subscriptions, or by none since we took the item off."""
+async def _usage_items(
+    session: AsyncSession, limit: int, *, organization_id: OrganizationId | None
+) -> list[UsageItemView]:
+    """Return whose usage is billed by two subscriptions, by none that should, or otherwise than the plan says."""
     billing = func.count(SubscriptionRow.usage_item_id)
-    rows = await session.scalars(
-        select(SubscriptionRow.organization_id)
+    several = await session.execute(
+        select(SubscriptionRow.organization_id, billing)
         .where(SubscriptionRow.status.in_(LIVE), *_of(SubscriptionRow, organization_id))
         .group_by(SubscriptionRow.organization_id)
         .having(or_(billing > 1, and_(billing == 0, func.bool_or(SubscriptionRow.has_dropped_usage))))
         .limit(limit)
     )
-    return list(rows)
+    single = await session.execute(
+        select(SubscriptionRow.organization_id, SubscriptionRow.id, SubscriptionRow.usage_problem)
+        .where(*is_usage_problem(), *_of(SubscriptionRow, organization_id))
+        .limit(limit)
+    )
+    return [
+        *(
+            UsageItemView(owner, None, "two subscriptions bill usage" if count else "no subscription bills usage")
+            for owner, count in several
+        ),
+        *(UsageItemView(owner, subscription_id, problem or "") for owner, subscription_id, problem in single),
+    ]
+
+
+def is_usage_problem() -> tuple[ColumnElement[bool], ...]:
+    """Return what makes a subscription one that bills usage otherwise than it should."""
+    return (
+        SubscriptionRow.status.in_(LIVE),
+        SubscriptionRow.usage_problem.is_not(None),
+        SubscriptionRow.usage_problem.is_distinct_from(SubscriptionRow.accepted_usage_problem),
+    )
 
 
 def is_other(now: datetime) -> tuple[ColumnElement[bool], ...]:

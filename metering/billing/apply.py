@@ -37,6 +37,8 @@ _OVERLAP: Final = timedelta(minutes=10)
 """Events are listed by when they were made, and may appear a little later."""
 _INVOICES_BACK: Final = timedelta(days=70)
 _ASKED_LATELY: Final = timedelta(seconds=30)
+_FAILURES_MAX: Final = 3
+"""Of single subscriptions, until it is Stripe that is taken to be down."""
 _KEPT: Final = timedelta(days=30)
 """How long Stripe lists events."""
 _log = structlog.get_logger(__name__)
@@ -247,12 +249,20 @@ class Applier:
                 )
             )
             overdue = await overdue_organizations(session, self._plans(), now)
+        failures: list[StripeFailed] = []
         for subscription_id in over:
-            with _passing_over("subscription", subscription_id):
-                await self.look_at_subscription(subscription_id)
+            try:
+                with _passing_over("subscription", subscription_id):
+                    await self.look_at_subscription(subscription_id)
+            except StripeFailed as error:
+                failures.append(error)
+                if len(failures) == _FAILURES_MAX:
+                    break
         for organization_id in overdue:
             async with self._database.transaction() as session:
                 await end_grace(session, self._plans(), now, organization_id=organization_id)
+        if failures:
+            raise failures[0]
         return len(over) + len(overdue)
 
     async def _read_at(self) -> datetime:

@@ -141,9 +141,9 @@ class Customers:
             "metadata": metadata,
         }
         async with self._database.transaction() as session:
-            earlier = (await session.get_one(BillingCustomerRow, organization_id)).checkout_id
-        if earlier is not None:
-            await self._close(earlier, organization_id)
+            earlier = list((await session.get_one(BillingCustomerRow, organization_id)).checkout_ids)
+        for page_id in earlier:
+            await self._close(page_id, organization_id)
         with _asking_stripe("subscribe", organization_id):
             checkout = await self._api.create_checkout(params)
         await self._keep_one_page(checkout.id, earlier, organization_id)
@@ -320,32 +320,28 @@ class Customers:
             if await _live(session, organization_id=organization_id) is not None:
                 raise AlreadySubscribed
 
-    async def _keep_one_page(self, checkout_id: str, earlier: str | None, organization_id: OrganizationId) -> None:
-        """Take a page for the one that is open, and close the one that was asked for at the same time.
+    async def _keep_one_page(self, checkout_id: str, closed: list[str], organization_id: OrganizationId) -> None:
+        """Take a page for the one that is open, and close those that were asked for at the same time.
 
-        Errors: AlreadySubscribed where that one is paid; BillingUnavailable. Then ours is shown to nobody.
+        Errors: AlreadySubscribed where one of them is paid; BillingUnavailable. Then ours is shown to nobody.
         """
-        other = await self._swap_page(organization_id, checkout_id)
-        if other is None or other == earlier:
-            return
+        others = await self._remember_page(organization_id, checkout_id, closed)
         try:
-            await self._close(other, organization_id)
-        except AlreadySubscribed:
-            await self._close(checkout_id, organization_id)
-            raise
-        except BillingUnavailable:
-            # The other may still be paid: it is remembered, to be closed before the next is opened.
-            await self._swap_page(organization_id, other)
-            with suppress(BillingUnavailable):
+            for page_id in others:
+                await self._close(page_id, organization_id)
+                await self._remember_page(organization_id, checkout_id, [page_id])
+        except (AlreadySubscribed, BillingUnavailable):
+            with suppress(AlreadySubscribed, BillingUnavailable):
                 await self._close(checkout_id, organization_id)
             raise
 
-    async def _swap_page(self, organization_id: OrganizationId, checkout_id: str) -> str | None:
-        """Remember the page that is open now; return the one that was until then."""
+    async def _remember_page(self, organization_id: OrganizationId, checkout_id: str, closed: list[str]) -> list[str]:
+        """Write down a page that is open and those that are not any more; return what else may be open."""
         async with self._database.transaction() as session:
             row = await session.get_one(BillingCustomerRow, organization_id, with_for_update=True)
-            other, row.checkout_id = row.checkout_id, checkout_id
-        return other
+            others = [page_id for page_id in row.checkout_ids if page_id not in {checkout_id, *closed}]
+            row.checkout_ids = [*others, checkout_id]
+        return others
 
     async def _read_at(self) -> datetime:
         async with self._database.transaction() as session:

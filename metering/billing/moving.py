@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import structlog
-from sqlalchemy import ColumnElement, ScalarSelect, exists, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
@@ -117,8 +117,7 @@ def reported_for_invoice() -> ScalarSelect[int]:
         .where(
             MeterReportRow.organization_id == InvoiceRow.organization_id,
             MeterReportRow.meter == USAGE.event_name,
-            MeterReportRow.event_at >= InvoiceRow.usage_starts_at,
-            MeterReportRow.event_at < InvoiceRow.usage_ends_at,
+            InvoiceRow.usage_spans.contains(MeterReportRow.event_at),
             MeterReportRow.kind != "repair",
             MeterReportRow.state != "refused",
         )
@@ -131,8 +130,12 @@ def _of(invoice: InvoiceRow, organization_id: OrganizationId) -> tuple[ColumnEle
     return (
         MeterReportRow.organization_id == organization_id,
         MeterReportRow.meter == USAGE.event_name,
-        MeterReportRow.event_at >= invoice.usage_starts_at,
-        MeterReportRow.event_at < invoice.usage_ends_at,
+        or_(
+            *(
+                and_(MeterReportRow.event_at >= span.lower, MeterReportRow.event_at < span.upper)
+                for span in invoice.usage_spans or ()
+            )
+        ),
     )
 
 

@@ -71,7 +71,9 @@ async def plan_reports(session: AsyncSession, cursor: MeterCursorRow, now: datet
     if len(due) > limit:
         await session.flush()
         return True
-    rest = [one if one.window_starts_at in noted else await writer.draw_late(one) for one in uncollected]
+    # What an operator was told of stays so while the next period is unknown.
+    late = [one for one in uncollected if not one.is_later or one.window_starts_at in noted]
+    rest = [one if one.window_starts_at in noted else await writer.draw_late(one) for one in late]
     await _note_uncollected(session, meter, rest, since, now, organization_id=organization_id)
     cursor.is_flush_due = False
     if is_whole:
@@ -94,8 +96,8 @@ async def billed_periods(session: AsyncSession, *, organization_id: Organization
         Period(
             starts_at=row.starts_at,
             ends_at=row.ends_at,
-            is_closed=row.is_closed,
-            is_included=not row.is_metered,
+            is_closed=row.is_closed or row.is_handed_over,
+            is_included=not (row.is_metered or row.is_handed_over),
             is_trial=row.is_trial,
         )
         for row in rows
@@ -129,7 +131,11 @@ async def owed(session: AsyncSession, now: datetime, *, credit: int, organizatio
     due, uncollected = due_windows(hours, planned, periods, now, is_flush=True)
     total = sum(one.amount for one in due if one.event_at is not None and not one.is_free)
     noted = await _noted(session, USAGE, organization_id=organization_id)
-    late = sum(max(one.amount, 0) for one in uncollected if one.may_be_drawn and one.window_starts_at not in noted)
+    late = sum(
+        max(one.amount, 0)
+        for one in uncollected
+        if one.may_be_drawn and not one.is_later and one.window_starts_at not in noted
+    )
     return total + min(late, max(credit - total, 0))
 
 

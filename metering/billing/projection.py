@@ -6,12 +6,13 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from sqlalchemy import select, update
+from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
 from keys import tenants
 from metering.billing import emails, prepaid
-from metering.billing.account_status import ENDED, PAYING, settle_account_status
+from metering.billing.account_status import ENDED, LIVE, PAYING, settle_account_status
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
@@ -59,10 +60,10 @@ async def keep_subscription(
         return organization_id
     before = (row.status, row.plan)
     _fill(row, subscription, read_at, now)
-    await _keep_usage_item(session, row, subscription)
+    await _keep_usage_item(session, row, subscription, plans, had_plan=before[1])
     await session.flush()
     if row.status not in _NEVER_BEGAN:
-        await _keep_period(session, row, now, subscription, organization_id=organization_id)
+        await _keep_period(session, row, now, organization_id=organization_id)
     if row.usage_item_id is not None:
         await open_cursors(session, meters, organization_id=organization_id)
     await _keep_revenue(session, row, now, organization_id=organization_id)
@@ -99,47 +100,63 @@ def _fill(row: SubscriptionRow, subscription: Subscription, read_at: datetime, n
     row.read_at = read_at
 
 
-async def _keep_usage_item(session: AsyncSession, row: SubscriptionRow, subscription: Subscription) -> None:
+async def _keep_usage_item(
+    session: AsyncSession, row: SubscriptionRow, subscription: Subscription, plans: Plans, *, had_plan: str | None
+) -> None:
     """Write down the item that bills usage, by its meter whatever its price is, and all prices there ever were."""
     meter_id = (await meter_ids(session)).get(USAGE.event_name)
-    item = next((item for item in subscription.metered if item.meter_id == meter_id), None)
-    row.usage_item_id = None if item is None else item.id
-    usage_prices = [] if item is None else [item.price_id]
-    row.usage_price_ids = sorted({*(row.usage_price_ids or ()), *usage_prices})
+    items = [item for item in subscription.metered if item.meter_id == meter_id]
+    row.usage_item_id = items[0].id if items else None
+    row.usage_price_id = items[0].price_id if items else row.usage_price_id
+    row.usage_billed_since = (items[0].created_at or row.started_at) if items else None
+    row.usage_price_ids = sorted({*(row.usage_price_ids or ()), *(item.price_id for item in items)})
+    plan = plans.find(row.plan)
+    is_billed = plan is not None and plan.bills_usage
+    if had_plan and had_plan != row.plan and is_billed and not items:
+        # The portal exchanges the plan's price alone.
+        row.has_dropped_usage = True
+    row.usage_problem = None
+    if len(items) > 1:
+        row.usage_problem = "two items bill usage"
+    elif is_billed and not items and not row.has_dropped_usage and row.status in LIVE:
+        row.usage_problem = "the plan bills usage, and no item does"
+    elif plan is not None and not is_billed and items:
+        row.usage_problem = "the plan includes usage, and an item bills it"
     row.plan_price_ids = sorted({*(row.plan_price_ids or ()), *subscription.plan_price_ids})
 
 
 async def _keep_period(
-    session: AsyncSession,
-    row: SubscriptionRow,
-    now: datetime,
-    subscription: Subscription,
-    *,
-    organization_id: OrganizationId,
+    session: AsyncSession, row: SubscriptionRow, now: datetime, *, organization_id: OrganizationId
 ) -> None:
     """Keep the present period; one in which usage begins or ceases to be billed is cut there.
 
     By Stripe's time where it begins, which the item has; as of now where it ceases, since nothing tells when that was.
     """
     ends_at = min(row.period_ends_at, row.ended_at or row.period_ends_at)
-    kind = (row.usage_item_id is not None, row.status == "trialing")
+    is_metered = row.usage_item_id is not None
+    kind = (is_metered, row.status == "trialing", row.has_dropped_usage and not is_metered)
     last = await _last_part(session, row, organization_id=organization_id)
     starts_at = row.period_starts_at
     if last is not None:
-        if last.is_closed and kind == (last.is_metered, last.is_trial):
+        is_same = kind == (last.is_metered, last.is_trial, last.is_handed_over)
+        if last.is_closed and is_same:
             return
-        if kind == (last.is_metered, last.is_trial) or row.status in ENDED:
+        if is_same or row.status in ENDED:
             last.ends_at = max(ends_at, last.starts_at)
+            return
+        if last.is_metered and not is_metered and row.has_forgotten_usage and not last.is_closed:
+            # From its beginning: what was counted in it is another's to bill, or was a trial's.
+            last.is_metered, last.is_handed_over = False, True
             return
         cut_at = now.replace(microsecond=0)
         if not last.is_metered:
             # By Stripe's clock, which says from when on it bills.
-            cut_at = _billed_since(row, subscription) or cut_at
+            cut_at = row.usage_billed_since or cut_at
         if cut_at >= ends_at:
             # It is over: what it was is what it stays.
             return
         if cut_at <= last.starts_at:
-            last.is_metered, last.is_trial = kind
+            last.is_metered, last.is_trial, last.is_handed_over = kind
             return
         last.ends_at, starts_at = cut_at, cut_at
     if starts_at < ends_at:
@@ -152,6 +169,7 @@ async def _keep_period(
                 organization_id=organization_id,
                 is_metered=kind[0],
                 is_trial=kind[1],
+                is_handed_over=kind[2],
                 is_closed=False,
             )
         )
@@ -172,11 +190,6 @@ async def _last_part(
         .order_by(BillingPeriodRow.starts_at.desc())
         .limit(1)
     )
-
-
-def _billed_since(row: SubscriptionRow, subscription: Subscription) -> datetime | None:
-    """Return when the item that bills usage was put on; None: there is none, or Stripe does not say."""
-    return next((item.created_at for item in subscription.metered if item.id == row.usage_item_id), None)
 
 
 async def _end_earlier(
@@ -255,6 +268,7 @@ async def keep_invoice(
     if usage is not None:
         row.usage_micro_usd = usage.quantity
         row.usage_starts_at, row.usage_ends_at = usage.starts_at, usage.ends_at
+        row.usage_spans = usage.spans
     await session.flush()
     if invoice.status == "draft":
         await request_flush(session, now, organization_id=organization_id)
@@ -270,6 +284,8 @@ class _InvoicedUsage(NamedTuple):
     quantity: int
     starts_at: datetime
     ends_at: datetime
+    spans: list[Range[datetime]]
+    """Without what is between its lines."""
 
 
 def _usage_of(invoice: Invoice, subscription: SubscriptionRow | None) -> _InvoicedUsage | None:
@@ -291,6 +307,7 @@ def _usage_of(invoice: Invoice, subscription: SubscriptionRow | None) -> _Invoic
         sum(line.quantity for line in lines),
         min(line.starts_at for line in lines),
         max(line.ends_at for line in lines),
+        [Range(line.starts_at, line.ends_at) for line in lines],
     )
 
 
@@ -327,19 +344,32 @@ async def _close_period(
         .values(is_closed=True)
         .returning(BillingPeriodRow.starts_at)
     )
-    if not closed.all():
-        # One that we never saw: it was over when we heard of it.
+    if closed.all():
+        return
+    # One that we never saw: it was over when we heard of it, or usage was not billed in it any more.
+    period = BillingPeriodRow(
+        subscription_id=subscription_id,
+        starts_at=usage.starts_at,
+        ends_at=usage.ends_at,
+        organization_id=organization_id,
+        is_metered=True,
+        is_closed=True,
+    )
+    seen = await session.get(BillingPeriodRow, (subscription_id, usage.starts_at))
+    if seen is not None and seen.ends_at > usage.ends_at:
         session.add(
             BillingPeriodRow(
                 subscription_id=subscription_id,
-                starts_at=usage.starts_at,
-                ends_at=usage.ends_at,
+                starts_at=usage.ends_at,
+                ends_at=seen.ends_at,
                 organization_id=organization_id,
-                is_metered=True,
-                is_closed=True,
+                is_metered=False,
+                is_handed_over=seen.is_handed_over,
+                is_closed=False,
             )
         )
-        await session.flush()
+    await session.merge(period)
+    await session.flush()
 
 
 async def drafts_of(session: AsyncSession, customer_id: str) -> set[str]:

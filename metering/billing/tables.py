@@ -6,6 +6,7 @@ micro-USD for the one that is charged; invoices are in cents, as Stripe has them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
@@ -25,7 +26,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import JSONB, TSTZMULTIRANGE, Range
 from sqlalchemy.orm import Mapped, mapped_column
 
 from core.database import Table
@@ -49,8 +50,8 @@ class BillingCustomerRow(Table):
     wallet_opened_at: Mapped[datetime | None] = mapped_column(_WHEN)
     """Usage from then on may be drawn from prepaid credit."""
     top_up_below_cents: Mapped[int | None] = mapped_column(BigInteger)
-    checkout_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
-    """The page that was last opened to buy a plan: it is closed before another is."""
+    checkout_ids: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
+    """Pages to buy a plan that may be open: they are closed before another one is opened."""
     top_up_cents: Mapped[int | None] = mapped_column(BigInteger)
     """Charge the card so much whenever less than *top_up_below_cents* is left. None: never by itself."""
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
@@ -76,8 +77,18 @@ class SubscriptionRow(Table):
     """Every price that usage was ever billed at: an invoice's line of an item that is gone names its price only."""
     plan_price_ids: Mapped[list[str]] = mapped_column(ARRAY(Text), server_default="{}")
     """Every price that ever recurred."""
+    usage_price_id: Mapped[str | None] = mapped_column(_STRIPE_ID)
+    """The price that usage is billed at, or was last."""
+    usage_billed_since: Mapped[datetime | None] = mapped_column(_WHEN)
+    """When the item that bills usage was put on, by Stripe's clock."""
     has_dropped_usage: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
-    """We took its usage item off, since another subscription billed the same usage; it comes back after that one."""
+    """It is to have a usage item, and has none: another subscription bills the usage, or did until now."""
+    has_forgotten_usage: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    """Nothing of what its item had counted was billed as we took it off."""
+    usage_problem: Mapped[str | None] = mapped_column(Text)
+    """What is wrong with how it bills usage, for the operator; None: nothing."""
+    accepted_usage_problem: Mapped[str | None] = mapped_column(Text)
+    """What an operator has decided about."""
     started_at: Mapped[datetime] = mapped_column(_WHEN)
     trial_ends_at: Mapped[datetime | None] = mapped_column(_WHEN)
     cancel_at: Mapped[datetime | None] = mapped_column(_WHEN)
@@ -103,6 +114,8 @@ class BillingPeriodRow(Table):
     organization_id: Mapped[str] = mapped_column(_ID, ForeignKey("organizations.id"))
     is_metered: Mapped[bool] = mapped_column(Boolean)
     """Whether usage is billed in it; else its price includes it. A period in which that changes is two rows."""
+    is_handed_over: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    """Another subscription bills its usage: what that one does not cover goes to the next invoice."""
     is_trial: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     is_closed: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
     """Its invoice is final: Stripe counts nothing more for it."""
@@ -133,6 +146,8 @@ class InvoiceRow(Table):
     """What was reported and is not billed by it, and that an operator has decided about."""
     usage_starts_at: Mapped[datetime | None] = mapped_column(_WHEN)
     usage_ends_at: Mapped[datetime | None] = mapped_column(_WHEN)
+    usage_spans: Mapped[Sequence[Range[datetime]] | None] = mapped_column(TSTZMULTIRANGE)
+    """The times that its lines of usage are of: another subscription may have billed what is between them."""
     page_url: Mapped[str | None] = mapped_column(Text)
     pdf_url: Mapped[str | None] = mapped_column(Text)
     issued_at: Mapped[datetime] = mapped_column(_WHEN)

@@ -24,7 +24,7 @@ from metering.billing.meters import Meter
 from metering.billing.plans import Plans
 from metering.billing.projection import keep_subscription
 from metering.billing.stripe_api import StripeApi
-from metering.billing.tables import BillingPeriodRow, SubscriptionRow
+from metering.billing.tables import SubscriptionRow
 
 # Of several that could bill usage: one that is paid, or will be.
 _BILLS_FIRST: Final = ("active", "past_due", "trialing", "unpaid", "paused")
@@ -96,7 +96,7 @@ class UsageItems:
             price_id = change.price_id or (await sold_at(session)).usage_price
             if is_dropped:
                 # Before Stripe is asked: else nobody would know that it was us.
-                await _mark(session, change.subscription_id, is_dropped=True, organization_id=organization_id)
+                await _mark(session, change, organization_id=organization_id)
         if not is_dropped and price_id is None:
             return False
         params: Any = {
@@ -105,13 +105,12 @@ class UsageItems:
         }
         changed = await self._api.update_subscription(change.subscription_id, params)
         async with self._database.transaction() as session:
-            if not is_dropped:
-                await _mark(session, change.subscription_id, is_dropped=False, organization_id=organization_id)
+            # Locks the account before the subscription, as all do.
             await keep_subscription(
                 session, changed, self._plans(), read_at=read_at, now=self._clock.now(), meters=self._meters
             )
-            if is_dropped and change.is_forgotten:
-                await _forget_metered(session, change.subscription_id, organization_id=organization_id)
+            if not is_dropped:
+                await _mark(session, change, organization_id=organization_id)
         return True
 
 
@@ -135,15 +134,19 @@ async def next_change(
         (row for row in rows if row.usage_item_id is not None or row.has_dropped_usage),
         key=lambda row: (_BILLS_FIRST.index(row.status), row.usage_item_id is None, row.started_at, row.id),
     )
-    having = sorted((row for row in able if row.usage_item_id is not None), key=lambda row: (row.started_at, row.id))
+    having = sorted(
+        (row for row in able if row.usage_item_id is not None),
+        key=lambda row: (row.usage_billed_since or row.started_at, row.id),
+    )
     if len(having) > 1:
-        # The older one has counted all that the newest one has.
-        return UsageItemChange(having[-1].id, having[-1].usage_item_id, is_forgotten=True)
+        # The older item has counted all that the newest one has. A trial's has counted what is free.
+        tried = [row for row in having if row.status == "trialing" and row is not able[0]]
+        loser = tried[0] if tried else having[-1]
+        return UsageItemChange(loser.id, loser.usage_item_id, is_forgotten=True)
     if having and having[0] is not able[0]:
         return UsageItemChange(having[0].id, having[0].usage_item_id, is_forgotten=having[0].status == "trialing")
     if able and able[0].usage_item_id is None:
-        prices = able[0].usage_price_ids
-        return UsageItemChange(able[0].id, None, price_id=prices[0] if len(prices) == 1 else None)
+        return UsageItemChange(able[0].id, None, price_id=able[0].usage_price_id)
     return None
 
 
@@ -153,29 +156,11 @@ def _is_billed(row: SubscriptionRow, plans: Plans) -> bool:
     return plan is None or plan.bills_usage
 
 
-async def _mark(
-    session: AsyncSession, subscription_id: str, *, is_dropped: bool, organization_id: OrganizationId
-) -> None:
-    """Remember that it was us who took a subscription's usage item off, or that it is back."""
+async def _mark(session: AsyncSession, change: UsageItemChange, *, organization_id: OrganizationId) -> None:
+    """Remember that it was us who took a subscription's usage item off, and how; or that it is back."""
+    is_dropped = change.item_id is not None
     await session.execute(
         update(SubscriptionRow)
-        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == subscription_id)
-        .values(has_dropped_usage=is_dropped)
-    )
-
-
-async def _forget_metered(session: AsyncSession, subscription_id: str, *, organization_id: OrganizationId) -> None:
-    """Take the present period as one in which nothing is billed: what was counted in it is another's to bill."""
-    began_at = select(SubscriptionRow.period_starts_at).where(
-        SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == subscription_id
-    )
-    await session.execute(
-        update(BillingPeriodRow)
-        .where(
-            BillingPeriodRow.organization_id == organization_id,
-            BillingPeriodRow.subscription_id == subscription_id,
-            ~BillingPeriodRow.is_closed,
-            BillingPeriodRow.starts_at >= began_at.scalar_subquery(),
-        )
-        .values(is_metered=False)
+        .where(SubscriptionRow.organization_id == organization_id, SubscriptionRow.id == change.subscription_id)
+        .values(has_dropped_usage=is_dropped, has_forgotten_usage=is_dropped and change.is_forgotten)
     )

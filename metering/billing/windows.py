@@ -55,11 +55,15 @@ class DueUsage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Uncollected(msgspec.Struct, frozen=True, kw_only=True):
-    """Usage of a billed window that no period takes any more. *may_be_drawn*: there was prepaid credit at the time."""
+    """Usage of a billed window that no period takes any more.
+
+    *may_be_drawn*: the organization had bought prepaid credit by then. *is_later*: a period may come that takes it.
+    """
 
     window_starts_at: datetime
     amount: int
     may_be_drawn: bool = False
+    is_later: bool = False
 
 
 def hour_of(moment: datetime) -> datetime:
@@ -100,23 +104,24 @@ def due_windows(
                 found = _billed(starts_at, owed, period, periods, now)
                 if isinstance(found, DueUsage):
                     due.append(found)
-                elif found is not None:
+                else:
                     uncollected.append(found)
     return due, uncollected
 
 
 def _billed(
     starts_at: datetime, owed: int, period: Period, periods: Sequence[Period], now: datetime
-) -> DueUsage | Uncollected | None:
-    """Return what becomes of a window's usage in a period that is billed or drawn. None: it waits."""
+) -> DueUsage | Uncollected:
+    """Return what becomes of a window's usage in a period that is billed or drawn."""
     event_time = _event_time(starts_at, period, periods, now)
     if period.is_trial and event_time.is_carried:
         # What a trial gave stays given, however late it is known.
         return DueUsage(window_starts_at=starts_at, amount=owed, event_at=None)
     if event_time.at is None:
         may_be_drawn = any(p.is_prepaid and minute_of(p.starts_at) <= starts_at for p in periods)
-        late = Uncollected(window_starts_at=starts_at, amount=owed, may_be_drawn=may_be_drawn)
-        return None if event_time.is_later else late
+        return Uncollected(
+            window_starts_at=starts_at, amount=owed, may_be_drawn=may_be_drawn, is_later=event_time.is_later
+        )
     return DueUsage(
         window_starts_at=starts_at,
         amount=owed,

@@ -86,7 +86,6 @@ def upgrade() -> None:
         sa.Column("is_metered", sa.Boolean(), nullable=False),
         sa.Column("is_trial", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("is_closed", sa.Boolean(), server_default=sa.text("false"), nullable=False),
-        sa.Column("accepted_micro_usd", sa.BigInteger(), server_default="0", nullable=False),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_billing_periods_organization_id_organizations")
         ),

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import text
 
 from core.clock import ManualClock
+from metering.billing.accepting import accept_differences
 from metering.billing.customers import Customers
 from metering.billing.plans import EXAMPLE, build_plans
 from metering.billing.stripe_objects import read_subscription
@@ -338,6 +339,10 @@ async def test_usage_after_an_item_was_put_on_unheard_is_billed(place: BillingPl
     await place.hear()
     await place.pass_days(70)
     assert place.invoiced_usage() == 3_000_000
+    found = await place.agreement()
+    assert [one.reason for one in found.usage_items] == ["the plan includes usage, and an item bills it"]
+    async with place.database.transaction() as session:
+        await accept_differences(session, place.clock.now(), organization_id=org)
     assert (await place.agreement()).agrees
 
 

@@ -264,4 +264,5 @@ async def test_usage_billed_twice_since_stripe_keeps_the_item_is_told_of(place: 
         await place.reconciler.round()
     assert place.invoiced_usage() == 6_000_000
     found = await place.agreement()
-    assert (found.agrees, found.doubled) == (False, [org])
+    assert [(one.organization_id, one.reason) for one in found.usage_items] == [(org, "two subscriptions bill usage")]
+    assert not found.agrees

@@ -120,7 +120,8 @@ class TestWhatFollowsTheLastPeriodThatIsKnown:
     def test_keeps_late_usage_from_being_given_up(self) -> None:
         closed = _period(TEN - MONTH, self.ends_at, is_closed=True)
         found = due_windows([self.hour], {}, [closed, self.unknown, self.credit], TEN + 9 * HOUR, is_flush=False)
-        assert found == ([], [])
+        assert [(one.amount, one.is_later) for one in found[1]] == [(40, True)]
+        assert found[0] == []
 
 
 class TestPrepaid:

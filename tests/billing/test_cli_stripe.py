@@ -107,7 +107,7 @@ async def test_what_was_decided_about_does_not_count_any_more(aap: Cli, books: D
     assert (asked.code, "alert" in asked.out) == (1, True)
     assert (await aap("stripe", "status", "--org", organization)).code == 1
     done = (await aap("stripe", "accept", organization, "--yes", "--json")).json()
-    assert done == {"hours": 1, "invoices": 0, "periods": 0, "windows": 0}
+    assert done == {"hours": 1, "invoices": 0, "periods": 0, "windows": 0, "subscriptions": 0}
     assert (await aap("stripe", "status")).code == 0
 
 

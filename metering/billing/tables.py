@@ -1,7 +1,6 @@
 """Rows of billing: who is whose customer at Stripe, what Stripe was told of usage, and what it told us.
 
-Amounts of customers' usage are in nano-USD, as in the ledger; what a meter counts is in the meter's own unit, whole
-micro-USD for the one that is charged; invoices are in cents, as Stripe has them.
+Customers' usage is in nano-USD, as in the ledger; what a meter counts in its own unit; invoices in cents, as at Stripe.
 """
 
 from __future__ import annotations

@@ -12,13 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.ids import OrganizationId, new_id
 from keys import tenants
 from metering.billing import emails, prepaid
-from metering.billing.account_status import ENDED, LIVE, PAYING, settle_account_status
+from metering.billing.account_status import ENDED, PAYING, settle_account_status
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
 from metering.billing.ownership import lock_account, owner_of_customer
 from metering.billing.planning import open_cursors
-from metering.billing.plans import Plans
+from metering.billing.plans import Plan, Plans
 from metering.billing.stripe_objects import Invoice, Subscription, UsageLine
 from metering.billing.tables import (
     BillingPeriodRow,
@@ -111,18 +111,26 @@ async def _keep_usage_item(
     row.usage_billed_since = (items[0].created_at or row.started_at) if items else None
     row.usage_price_ids = sorted({*(row.usage_price_ids or ()), *(item.price_id for item in items)})
     plan = plans.find(row.plan)
-    is_billed = plan is not None and plan.bills_usage
-    if had_plan and had_plan != row.plan and is_billed and not items:
+    if plan is not None and not plan.bills_usage:
+        row.has_dropped_usage = False
+    elif plan is not None and not items and had_plan and had_plan != row.plan:
         # The portal exchanges the plan's price alone.
         row.has_dropped_usage = True
-    row.usage_problem = None
-    if len(items) > 1:
-        row.usage_problem = "two items bill usage"
-    elif is_billed and not items and not row.has_dropped_usage and row.status in LIVE:
-        row.usage_problem = "the plan bills usage, and no item does"
-    elif plan is not None and not is_billed and items:
-        row.usage_problem = "the plan includes usage, and an item bills it"
+    row.usage_problem = _usage_problem(row, plan, len(items))
     row.plan_price_ids = sorted({*(row.plan_price_ids or ()), *subscription.plan_price_ids})
+
+
+def _usage_problem(row: SubscriptionRow, plan: Plan | None, items: int) -> str | None:
+    """Return what is wrong with so many *items* that bill usage. An agreement that is no plan of ours may have one."""
+    if items > 1:
+        return "two items bill usage"
+    if plan is None:
+        return None
+    if items and not plan.bills_usage:
+        return "the plan includes usage, and an item bills it"
+    if plan.bills_usage and not items and not row.has_dropped_usage:
+        return "the plan bills usage, and no item does"
+    return None
 
 
 async def _keep_period(

@@ -14,14 +14,14 @@ from collections import deque
 
 import uvloop
 
+from core.http1.client import Http1Client
+from core.http1.connections import ConnectionLimits
+from core.http1.errors import UpstreamError
+from core.http1.messages import Deadlines, Origin, UpstreamRequest
+from core.http1.response import Http1Response
 from core.settings import load
 from gateway.http1.listener import Listener
 from gateway.http1.request import HttpRequest, header_lines
-from inference.upstreams.connections import ConnectionLimits
-from inference.upstreams.http1 import Http1Client
-from inference.upstreams.http1_errors import UpstreamError
-from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
-from inference.upstreams.http1_response import Http1Response
 from inference.usage import reported_in
 from metering.normalise import OpenAIUsage
 

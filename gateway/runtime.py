@@ -15,6 +15,9 @@ import structlog
 
 from core.clock import Clock, SystemClock
 from core.database import DOWN, Database
+from core.http1.client import Http1Client
+from core.http1.connections import ConnectionLimits
+from core.http1.proxies import ProxySettings
 from core.ids import GatewayId, new_id
 from core.log_writer import LogWriter
 from core.redis import Scripts, scripts_for
@@ -33,10 +36,7 @@ from inference.call import Inference
 from inference.exchange import Exchange
 from inference.metered import CallMeter
 from inference.routing import Router
-from inference.upstreams.connections import ConnectionLimits
 from inference.upstreams.demo import Demo
-from inference.upstreams.http1 import Http1Client
-from inference.upstreams.http1_proxies import ProxySettings
 from inference.upstreams.openai_http import OpenAIHttp
 from inference.upstreams.via_litellm import ViaLitellm
 from keys import usage_marks

@@ -17,12 +17,12 @@ import structlog
 
 from core import embedded
 from core.embedded import EmbeddedUnavailable
+from core.http1.proxies import ProxySettings
 from core.settings import EdgeSettings, Settings
 from gateway.catalog_file import CatalogFile
 from gateway.first_run import FirstKey, prepare
 from gateway.lifeline import Lifeline
 from gateway.metrics import clear
-from inference.upstreams.http1_proxies import ProxySettings
 
 _READY_SECONDS_MAX: Final = 30.0
 # Beyond the drain: interrupted streams get to say so, embedded parts close.

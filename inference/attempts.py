@@ -16,13 +16,7 @@ import msgspec
 
 from core.clock import SystemClock
 from core.errors import AppError
-from inference.catalog import Deployment, Model
-from inference.errors import NoDeploymentAvailable, UpstreamUnreachable
-from inference.exchange import Exchange
-from inference.metered import CallMeter
-from inference.routing import Router
-from inference.upstreams.base import Answer, HeldAnswer, Upstream, UpstreamCall
-from inference.upstreams.http1_errors import (
+from core.http1.errors import (
     BodyTooLarge,
     ConnectFailed,
     ConnectionLost,
@@ -30,6 +24,12 @@ from inference.upstreams.http1_errors import (
     ProtocolViolated,
     UpstreamError,
 )
+from inference.catalog import Deployment, Model
+from inference.errors import NoDeploymentAvailable, UpstreamUnreachable
+from inference.exchange import Exchange
+from inference.metered import CallMeter
+from inference.routing import Router
+from inference.upstreams.base import Answer, HeldAnswer, Upstream, UpstreamCall
 from inference.upstreams.sse import first_payload, has_event
 from inference.wire import JSON, ParsedRequest
 

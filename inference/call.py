@@ -8,15 +8,7 @@ from typing import Final
 
 import msgspec
 
-from inference.attempts import AttemptPolicy, open_answer
-from inference.catalog import Catalog, Model
-from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
-from inference.exchange import Exchange
-from inference.metered import CallMeter
-from inference.routing import Router
-from inference.tokens import estimate_text_tokens
-from inference.upstreams.base import Answer, Upstream
-from inference.upstreams.http1_errors import (
+from core.http1.errors import (
     BodyTooLarge,
     ConnectionLost,
     ConnectTimedOut,
@@ -25,6 +17,14 @@ from inference.upstreams.http1_errors import (
     TotalTimedOut,
     UpstreamError,
 )
+from inference.attempts import AttemptPolicy, open_answer
+from inference.catalog import Catalog, Model
+from inference.errors import ModelNotFound, UpstreamTimedOut, UpstreamUnreachable
+from inference.exchange import Exchange
+from inference.metered import CallMeter
+from inference.routing import Router
+from inference.tokens import estimate_text_tokens
+from inference.upstreams.base import Answer, Upstream
 from inference.upstreams.sse import SseRelay
 from inference.usage import counted_in, last_cue_seconds, reported_in, transcript_text
 from inference.wire import ParsedRequest, parse

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, cast
 import msgspec
 
 from core.configuration import ConfigurationInvalid, Tables, resolve_secret, unknown_names
-from inference.upstreams.http1_messages import Deadlines, is_accept_encoding, parse_base_url
+from core.http1.messages import Deadlines, is_accept_encoding, parse_base_url
 
 ProviderKind = Literal["openai", "litellm", "demo"]
 OPENAI_BASE_URL: Final = "https://api.openai.com/v1"

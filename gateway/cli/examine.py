@@ -17,6 +17,7 @@ from sqlalchemy import text
 from core import embedded
 from core.configuration import ConfigurationInvalid
 from core.database import Database
+from core.http1.messages import parse_base_url
 from core.migrations import is_current
 from core.redis import connect
 from core.settings import Settings
@@ -24,7 +25,6 @@ from gateway.catalog_file import CatalogFile
 from gateway.cli.examine_billing import examine_stripe
 from gateway.cli.findings import Finding
 from inference.catalog import Catalog
-from inference.upstreams.http1_messages import parse_base_url
 from metering.billing.plans import Plans
 from metering.prices import missing_prices
 

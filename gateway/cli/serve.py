@@ -13,6 +13,7 @@ import msgspec
 from core.configuration import ConfigurationInvalid
 from core.database import DOWN
 from core.embedded import EmbeddedUnavailable
+from core.http1.proxies import ProxyInvalid
 from core.settings import EdgeSettings
 from core.telemetry import configure_logs
 from gateway import supervisor
@@ -21,7 +22,6 @@ from gateway.cli.common import fail, print_json_line
 from gateway.cli.stores import read_settings
 from gateway.first_run import FirstKey
 from gateway.supervisor import PortTaken, ProcessFailed
-from inference.upstreams.http1_proxies import ProxyInvalid
 from keys.secrets import redact
 
 

@@ -9,10 +9,10 @@ from typing import Final, Protocol
 
 import msgspec
 
+from core.http1.errors import FirstByteTimedOut, IdleTimedOut, TotalTimedOut
+from core.http1.messages import Deadlines
 from inference.catalog import Deployment
 from inference.endpoints import Endpoint
-from inference.upstreams.http1_errors import FirstByteTimedOut, IdleTimedOut, TotalTimedOut
-from inference.upstreams.http1_messages import Deadlines
 from inference.wire import ParsedRequest
 
 EVENT_STREAM: Final = b"text/event-stream; charset=utf-8"

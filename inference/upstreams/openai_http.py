@@ -6,12 +6,12 @@ from collections.abc import Awaitable
 
 import msgspec
 
+from core.http1.client import Http1Client
+from core.http1.messages import Origin, UpstreamRequest, parse_base_url
 from core.version import VERSION
 from inference.catalog import Provider
 from inference.endpoints import ENDPOINTS
 from inference.upstreams.base import Answer, UpstreamCall
-from inference.upstreams.http1 import Http1Client
-from inference.upstreams.http1_messages import Origin, UpstreamRequest, parse_base_url
 from inference.wire import JSON
 
 _USER_AGENT = b"aap-gateway/" + VERSION.encode()

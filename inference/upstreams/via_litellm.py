@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 
 import msgspec
 
+from core.http1.errors import ConnectFailed, FirstByteTimedOut, UpstreamError
 from inference.errors import ParameterUnsupported
 from inference.upstreams.base import EVENT_STREAM, Answer, GeneratedAnswer, HeldAnswer, UpstreamCall
-from inference.upstreams.http1_errors import ConnectFailed, FirstByteTimedOut, UpstreamError
 from inference.wire import JSON
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 import pytest
 import uvloop
 
-from inference.upstreams.connections import ConnectionLimits
-from inference.upstreams.http1 import Http1Client
-from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
+from core.http1.client import Http1Client
+from core.http1.connections import ConnectionLimits
+from core.http1.messages import Deadlines, Origin, UpstreamRequest
 from tests.harness.authority import Authority
 
 PATIENCE_SECONDS = 10.0

@@ -6,9 +6,9 @@ import ssl
 
 import pytest
 
-from inference.upstreams.connections import ConnectionLimits
-from inference.upstreams.http1_connection import Http1Connection
-from inference.upstreams.http1_errors import (
+from core.http1.connection import Http1Connection
+from core.http1.connections import ConnectionLimits
+from core.http1.errors import (
     ConnectFailed,
     ConnectionLost,
     ConnectTimedOut,
@@ -16,7 +16,7 @@ from inference.upstreams.http1_errors import (
     ProtocolViolated,
     TotalTimedOut,
 )
-from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest
+from core.http1.messages import Deadlines, Origin, UpstreamRequest
 
 from .conftest import DEADLINES, OK, OK_HEAD, exchange, listening, only_connection, open_client, until
 
@@ -295,7 +295,7 @@ class TestBound:
                     self.eof_received()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("inference.upstreams.connections.Http1Connection", EndsAtOnce)
+                patch.setattr("core.http1.connections.Http1Connection", EndsAtOnce)
                 with pytest.raises(ConnectFailed, match="at once"):
                     await client.send(upstream.request(), DEADLINES)
             await (await upstream.accept()).gone()
@@ -313,7 +313,7 @@ class TestBound:
                     task.cancel()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("inference.upstreams.connections.Http1Connection", CancelsItsDialler)
+                patch.setattr("core.http1.connections.Http1Connection", CancelsItsDialler)
                 task = asyncio.create_task(client.send(upstream.request(), DEADLINES))
                 with pytest.raises(asyncio.CancelledError):
                     await task

@@ -5,16 +5,16 @@ import tracemalloc
 
 import pytest
 
-from inference.upstreams.connections import ConnectionLimits
-from inference.upstreams.http1_connection import WRITE_SLICE_BYTES
-from inference.upstreams.http1_errors import (
+from core.http1.connection import WRITE_SLICE_BYTES
+from core.http1.connections import ConnectionLimits
+from core.http1.errors import (
     BodyTooLarge,
     ConnectionLost,
     FirstByteTimedOut,
     IdleTimedOut,
     TotalTimedOut,
 )
-from inference.upstreams.http1_messages import Deadlines
+from core.http1.messages import Deadlines
 
 from .conftest import DEADLINES, OK, OK_HEAD, only_connection, open_client, until
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from inference.upstreams.http1_errors import ConnectionLost, ProtocolViolated
-from inference.upstreams.http1_framing import HEAD_BYTES_MAX, HEADERS_MAX, ResponseFraming
+from core.http1.errors import ConnectionLost, ProtocolViolated
+from core.http1.framing import HEAD_BYTES_MAX, HEADERS_MAX, ResponseFraming
 
 from .conftest import DEADLINES, OK, OK_HEAD, exchange, only_connection, until
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inference.upstreams.http1_messages import CLIENT_HEADERS, Origin, UpstreamRequest, encode_head, parse_base_url
+from core.http1.messages import CLIENT_HEADERS, Origin, UpstreamRequest, encode_head, parse_base_url
 
 from .conftest import DEADLINES
 

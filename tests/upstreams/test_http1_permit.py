@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from inference.upstreams.http1_errors import ConnectionLost
+from core.http1.errors import ConnectionLost
 
 from .conftest import DEADLINES, until
 

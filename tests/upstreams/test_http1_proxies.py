@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from inference.upstreams.http1_errors import ConnectFailed, ConnectTimedOut
-from inference.upstreams.http1_messages import Deadlines, Origin
-from inference.upstreams.http1_proxies import Proxy, ProxySettings
+from core.http1.errors import ConnectFailed, ConnectTimedOut
+from core.http1.messages import Deadlines, Origin
+from core.http1.proxies import Proxy, ProxySettings
 
 from .conftest import DEADLINES, OK, listening, open_client
 
@@ -251,6 +251,6 @@ async def resolver(monkeypatch):
         async def look_up(loop, host, port):
             return list(addresses)
 
-        monkeypatch.setattr("inference.upstreams.http1_dial.look_up", look_up)
+        monkeypatch.setattr("core.http1.dial.look_up", look_up)
 
     return answer

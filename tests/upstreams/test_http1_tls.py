@@ -5,7 +5,7 @@ import ssl
 
 import pytest
 
-from inference.upstreams.http1_errors import ConnectFailed, ConnectionLost
+from core.http1.errors import ConnectFailed, ConnectionLost
 
 from .conftest import DEADLINES, OK, OK_HEAD, Authority, listening, only_connection, open_client, until
 

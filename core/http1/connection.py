@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 import msgspec
 
-from inference.upstreams.http1_errors import (
+from core.http1.errors import (
     ConnectionLost,
     FirstByteTimedOut,
     IdleTimedOut,
@@ -16,9 +16,9 @@ from inference.upstreams.http1_errors import (
     TotalTimedOut,
     UpstreamError,
 )
-from inference.upstreams.http1_framing import ResponseFraming
-from inference.upstreams.http1_messages import Deadlines
-from inference.upstreams.http1_response import Http1Response, ResponseSource
+from core.http1.framing import ResponseFraming
+from core.http1.messages import Deadlines
+from core.http1.response import Http1Response, ResponseSource
 
 # A body up to this size leaves in one write with its head; a larger one in slices, as the network takes them.
 WRITE_SLICE_BYTES = 131_072

@@ -5,9 +5,9 @@ from collections import deque
 
 import msgspec
 
-from inference.upstreams.http1_connection import ConnectionCounters, ConnectionOwner, Http1Connection
-from inference.upstreams.http1_dial import Route, dial
-from inference.upstreams.http1_errors import ConnectFailed, ConnectTimedOut
+from core.http1.connection import ConnectionCounters, ConnectionOwner, Http1Connection
+from core.http1.dial import Route, dial
+from core.http1.errors import ConnectFailed, ConnectTimedOut
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):

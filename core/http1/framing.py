@@ -8,8 +8,8 @@ lets through, and this module refuses: other protocols' names, HTTP/0.9 and /2.0
 
 import httptools
 
-from inference.upstreams.http1_errors import ProtocolViolated
-from inference.upstreams.http1_response import Http1Response, ResponseSource
+from core.http1.errors import ProtocolViolated
+from core.http1.response import Http1Response, ResponseSource
 
 HEAD_BYTES_MAX = 65_536
 HEADERS_MAX = 200

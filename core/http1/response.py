@@ -4,7 +4,7 @@ import abc
 import asyncio
 from collections.abc import Callable
 
-from inference.upstreams.http1_errors import BodyTooLarge, UpstreamError
+from core.http1.errors import BodyTooLarge, UpstreamError
 
 
 class ResponseSource(abc.ABC):

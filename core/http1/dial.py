@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 import msgspec
 
-from inference.upstreams.http1_connection import Http1Connection
-from inference.upstreams.http1_errors import ConnectFailed
-from inference.upstreams.http1_messages import Origin
-from inference.upstreams.http1_proxies import Proxy, as_address
+from core.http1.connection import Http1Connection
+from core.http1.errors import ConnectFailed
+from core.http1.messages import Origin
+from core.http1.proxies import Proxy, as_address
 
 # RFC 8305, section 5: how long one address may stay silent before the next is tried beside it. Done here because
 # uvloop's create_connection tries one address after the other, and a dead IPv6 route would eat the whole deadline.

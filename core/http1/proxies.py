@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from inference.upstreams.http1_messages import CONTROL_OR_SPACE, Origin, parse_host
+from core.http1.messages import CONTROL_OR_SPACE, Origin, parse_host
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

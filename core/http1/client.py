@@ -8,7 +8,7 @@ It exists because a request through a general client costs more CPU than all the
     while piece := await response.read(): ...                         # b"" is the clean end
     await client.close()
 
-What may be raised, from `send` and from the response's reads (drawn in full in `http1_errors.py`):
+What may be raised, from `send` and from the response's reads (drawn in full in `errors.py`):
 
     UpstreamError
     ├── ConnectFailed, ConnectTimedOut                    the upstream saw nothing: another may be asked
@@ -22,17 +22,17 @@ import ssl
 
 import certifi
 
-from inference.upstreams.connections import ConnectionLimits, OriginPool, closed_error
-from inference.upstreams.http1_connection import ConnectionCounters, Exchange, Http1Connection
-from inference.upstreams.http1_dial import Route
-from inference.upstreams.http1_errors import (
+from core.http1.connection import ConnectionCounters, Exchange, Http1Connection
+from core.http1.connections import ConnectionLimits, OriginPool, closed_error
+from core.http1.dial import Route
+from core.http1.errors import (
     ConnectionLost,
     ConnectTimedOut,
     TotalTimedOut,
 )
-from inference.upstreams.http1_messages import Deadlines, Origin, UpstreamRequest, encode_head
-from inference.upstreams.http1_proxies import ProxySettings
-from inference.upstreams.http1_response import Http1Response
+from core.http1.messages import Deadlines, Origin, UpstreamRequest, encode_head
+from core.http1.proxies import ProxySettings
+from core.http1.response import Http1Response
 
 
 class Http1Client:

@@ -1,18 +1,16 @@
-"""Outbound HTTP, and the guard that every such request passes: nobody asks our servers for what only they can reach.
+"""Clients for outbound HTTP, every one behind the guard (`core/egress.py`). Lint forbids any other.
 
-A name is looked up once; if any of its addresses is forbidden, nothing is connected, and what is connected is the
-address that was looked at (no second lookup for a rebinding name to answer otherwise). Redirects are not followed, and
-proxies of the environment are not used: either would go around the guard. Providers are reached by another client,
-whose addresses only the operator names (`inference/upstreams/`).
+`open_client` is httpx's: for few requests of many kinds. `GuardedClient` is our own HTTP/1.1 (`core/http1`), at a
+hundredth of its cost: for many. Neither follows redirects or uses proxies of the environment: both would go around the
+guard. Providers that the operator names are reached without it (`inference/upstreams/`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, NamedTuple, cast
 from urllib.parse import urlsplit
 
@@ -20,34 +18,29 @@ import certifi
 import httpcore
 import httpx
 
-# Beside whatever is not global: `is_global` says yes to some of these (seen on CPython 3.11.7).
-_FORBIDDEN: Final = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
-        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
-        *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        # The host's own agent in Azure and its metadata in Alibaba's cloud: public addresses by number only.
-        *("168.63.129.16/32", "100.100.100.200/32"),
-        *("::/96", "::ffff:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32"),
-        *("2002::/16", "3fff::/20", "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8"),
-    )
-)
-_PORTS_ALLOWED: Final = frozenset({443, 8443})
+from core.egress import EgressPolicy, EgressRefused, Guard
+from core.http1.client import Http1Client
+from core.http1.connections import ConnectionLimits
+from core.http1.dial import SocketAddress
+from core.http1.errors import ConnectFailed
+from core.http1.messages import Deadlines, UpstreamRequest
+from core.http1.response import Http1Response
+
+_DEFAULT_POLICY: Final = EgressPolicy()
 
 
 class AddressForbidden(httpcore.ConnectError):
     """The address is one that only our own network reaches, or a port that is none of the web's. Nothing was sent."""
 
 
-class Origin(NamedTuple):
+class NamedOrigin(NamedTuple):
     """A host and port that the operator named: whatever its address is, it may be reached."""
 
     host: str
     port: int
 
     @classmethod
-    def of(cls, url: str) -> Origin:
+    def of(cls, url: str) -> NamedOrigin:
         """Return the origin of *url*. Errors: ValueError for what is no http or https address with a host."""
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname or parts.username is not None:
@@ -55,20 +48,12 @@ class Origin(NamedTuple):
         return cls(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
 
 
-def is_forbidden(address: str) -> bool:
-    """Tell whether an IP address is not on the public internet, or leads back from there by translation."""
-    try:
-        parsed = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return True
-    return not parsed.is_global or parsed.is_multicast or any(parsed in network for network in _FORBIDDEN)
-
-
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to public addresses, and to *trusted* origins wherever they are."""
+    """Connects to what the guard lets pass, and to *trusted* origins wherever they are."""
 
-    def __init__(self, trusted: Iterable[Origin] = ()) -> None:
+    def __init__(self, trusted: Iterable[NamedOrigin] = (), guard: Guard | None = None) -> None:
         self._trusted = frozenset(trusted)
+        self._guard = guard or Guard(lambda: _DEFAULT_POLICY)
         # Without anyio, which httpx brings, httpcore has a stand-in of this name that is no backend.
         self._network = cast("httpcore.AsyncNetworkBackend", httpcore.AnyIOBackend())
 
@@ -81,29 +66,22 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Connect to an address of *host* that was looked at. Errors: AddressForbidden; httpcore's own."""
-        if Origin(host, port) in self._trusted:
+        if NamedOrigin(host, port) in self._trusted:
             return await self._network.connect_tcp(host, port, timeout, local_address, socket_options)
-        if port not in _PORTS_ALLOWED:
-            raise AddressForbidden(f"port {port} is not allowed")
         try:
             async with asyncio.timeout(timeout):
-                addresses = await _addresses_of(host, port)
+                addresses = await self._guard.addresses(host, port)
+        except EgressRefused as error:
+            raise AddressForbidden(str(error)) from error
         except TimeoutError:
             raise httpcore.ConnectTimeout("the name was not resolved in time") from None
         except OSError as error:
             raise httpcore.ConnectError(f"the name was not resolved: {error}") from error
-        if not addresses or any(is_forbidden(address) for address in addresses):
-            raise AddressForbidden("the address is not a public one")
         return await self._network.connect_tcp(addresses[0], port, timeout, local_address, socket_options)
 
     async def sleep(self, seconds: float) -> None:
         """Pause between two tries."""
         await asyncio.sleep(seconds)
-
-
-async def _addresses_of(host: str, port: int) -> list[str]:
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(address[0]) for *_, address in found]
 
 
 class _GuardedTransport(httpx.AsyncHTTPTransport):
@@ -123,7 +101,7 @@ class _GuardedTransport(httpx.AsyncHTTPTransport):
 
 
 def open_client(
-    *, timeout_seconds: float, trusted: Iterable[Origin] = (), connections_max: int = 20
+    *, timeout_seconds: float, trusted: Iterable[NamedOrigin] = (), connections_max: int = 20
 ) -> httpx.AsyncClient:
     """Return a client whose every connection passes the guard. *trusted* are origins that the operator named."""
     return httpx.AsyncClient(
@@ -132,3 +110,66 @@ def open_client(
         follow_redirects=False,
         trust_env=False,
     )
+
+
+class GuardedClient:
+    """Our own HTTP/1.1 client behind the guard. A policy that changes holds for the next request on."""
+
+    def __init__(
+        self, guard: Guard, limits: ConnectionLimits, *, make_tls: Callable[[], ssl.SSLContext] | None = None
+    ) -> None:
+        """*make_tls* returns the context of https; by default one with certifi's roots."""
+        self._guard = guard
+        self._limits = limits
+        self._make_tls = make_tls
+        self._policy = guard.policy()
+        self._client = self._open()
+        self._old: set[asyncio.Task[None]] = set()
+
+    async def send(self, request: UpstreamRequest, deadlines: Deadlines) -> Http1Response:
+        """Send *request*; return when the answer's head is there. Redirects are answers like any other.
+
+        Errors: UpstreamError; of ConnectFailed, the phase "refused" is the guard's, in words that may be shown.
+        """
+        policy = self._guard.policy()
+        if policy != self._policy:
+            # What is connected was looked at under the old policy: none of it carries a request any more.
+            self._policy = policy
+            self._retire(self._client, deadlines.total_seconds)
+            self._client = self._open()
+        return await self._client.send(request, deadlines)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for task in self._old:
+            task.cancel()
+        await self._client.close()
+
+    def _open(self) -> Http1Client:
+        tls = self._make_tls() if self._make_tls is not None else None
+        return Http1Client(limits=self._limits, tls=tls, resolve=self._resolve)
+
+    def _retire(self, client: Http1Client, running_seconds: float) -> None:
+        """Close *client* once what it has begun has ended, or had the time to."""
+
+        async def close_later() -> None:
+            try:
+                await asyncio.sleep(running_seconds)
+            finally:
+                await client.close()
+
+        task = asyncio.create_task(close_later())
+        self._old.add(task)
+        task.add_done_callback(self._old.discard)
+
+    async def _resolve(self, host: str, port: int) -> list[SocketAddress]:
+        try:
+            addresses = await self._guard.addresses(host, port)
+        except EgressRefused as error:
+            raise ConnectFailed(str(error), phase="refused") from error
+        except OSError as error:
+            raise ConnectFailed(f"{host} cannot be found in the DNS.", phase="dns") from error
+        return [
+            (socket.AF_INET6, (address, port, 0, 0)) if ":" in address else (socket.AF_INET, (address, port))
+            for address in addresses
+        ]

@@ -24,7 +24,7 @@ import certifi
 
 from core.http1.connection import ConnectionCounters, Exchange, Http1Connection
 from core.http1.connections import ConnectionLimits, OriginPool, closed_error
-from core.http1.dial import Route
+from core.http1.dial import Resolver, Route
 from core.http1.errors import (
     ConnectionLost,
     ConnectTimedOut,
@@ -38,7 +38,7 @@ from core.http1.response import Http1Response
 class Http1Client:
     """Sends requests to any number of origins. It belongs to one event loop: the one that first sends."""
 
-    __slots__ = ("_counters", "_is_closed", "_limits", "_pools", "_proxies", "_tls")
+    __slots__ = ("_counters", "_is_closed", "_limits", "_pools", "_proxies", "_resolve", "_tls")
 
     def __init__(
         self,
@@ -46,8 +46,13 @@ class Http1Client:
         limits: ConnectionLimits,
         tls: ssl.SSLContext | None = None,
         proxies: ProxySettings | None = None,
+        resolve: Resolver | None = None,
     ) -> None:
-        """*tls* replaces the default context (certifi's roots, hostname check); its ALPN is set to http/1.1 here."""
+        """*tls* replaces the default context (certifi's roots, hostname check); its ALPN is set to http/1.1 here.
+
+        *resolve* replaces the system's lookup. Through a proxy it sees the proxy's name, not the origin's.
+        """
+        self._resolve = resolve
         self._limits = limits
         self._proxies = proxies or ProxySettings()
         self._tls = tls or ssl.create_default_context(cafile=certifi.where())
@@ -127,7 +132,8 @@ class Http1Client:
     def _open_pool(self, origin: Origin) -> OriginPool:
         if self._is_closed:
             raise closed_error()
-        route = Route(origin, self._proxies.proxy_for(origin), self._tls if origin.scheme == "https" else None)
+        tls = self._tls if origin.scheme == "https" else None
+        route = Route(origin, self._proxies.proxy_for(origin), tls, self._resolve)
         pool = self._pools[origin] = OriginPool(route, self._limits, self._counters)
         return pool
 

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import ssl
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
 
@@ -25,6 +25,8 @@ KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 60, 15, 4
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9]{2})(?: [^\r\n]*)?\r\n")
 
 SocketAddress = tuple[socket.AddressFamily, tuple[str, int] | tuple[str, int, int, int]]
+Resolver = Callable[[str, int], Awaitable[list[SocketAddress]]]
+"""Returns the addresses of a host, the first to try first; never none. Errors: ConnectFailed."""
 
 
 class Route(msgspec.Struct, frozen=True):
@@ -34,6 +36,8 @@ class Route(msgspec.Struct, frozen=True):
     proxy: Proxy | None
     tls: ssl.SSLContext | None
     """Set for https; carries the trust roots, hostname checking and ALPN."""
+    resolve: Resolver | None = None
+    """Looks up the host in the place of the system, and refuses what must not be reached."""
 
     @property
     def target_prefix(self) -> bytes:
@@ -56,7 +60,8 @@ async def dial(route: Route, connection: Http1Connection) -> None:
     """
     loop = asyncio.get_running_loop()
     hop = route.proxy or route.origin
-    sock = await open_socket(loop, hop.host, hop.port)
+    addresses = await (route.resolve(hop.host, hop.port) if route.resolve else look_up(loop, hop.host, hop.port))
+    sock = await open_socket(loop, f"{hop.host}:{hop.port}", addresses)
     inode = os.fstat(sock.fileno()).st_ino
     is_dialled = False
     try:
@@ -98,9 +103,8 @@ def let_go(sock: socket.socket, inode: int) -> None:
         sock.detach()
 
 
-async def open_socket(loop: asyncio.AbstractEventLoop, host: str, port: int) -> socket.socket:
-    """Return a socket connected to the first address of *host* that answers. Errors: ConnectFailed."""
-    addresses = await look_up(loop, host, port)
+async def open_socket(loop: asyncio.AbstractEventLoop, name: str, addresses: list[SocketAddress]) -> socket.socket:
+    """Return a socket connected to the first of *addresses* that answers. Errors: ConnectFailed."""
     pending: set[asyncio.Task[socket.socket]] = set()
     failures: list[OSError] = []
     try:
@@ -122,7 +126,7 @@ async def open_socket(loop: asyncio.AbstractEventLoop, host: str, port: int) -> 
             task.cancel()
     # Not strerror: asyncio puts a sentence of its own there.
     reason = os.strerror(failures[-1].errno or errno.EHOSTUNREACH)
-    raise ConnectFailed(f"{host}:{port} cannot be reached: {reason}.", phase="connect") from failures[-1]
+    raise ConnectFailed(f"{name} cannot be reached: {reason}.", phase="connect") from failures[-1]
 
 
 async def look_up(loop: asyncio.AbstractEventLoop, host: str, port: int) -> list[SocketAddress]:

@@ -1,7 +1,7 @@
 """What can go wrong with one upstream exchange, before anybody maps it to an answer for the caller.
 
     UpstreamError
-    ├── ConnectFailed       .phase: "closed", "dns", "connect", "proxy" or "tls"
+    ├── ConnectFailed       .phase: "closed", "dns", "refused" (by the guard), "connect", "proxy" or "tls"
     ├── ConnectTimedOut     .phase: "pool" (no free connection), "connect" (network, proxy and TLS together)
     ├── FirstByteTimedOut   the request is sent, the response head did not complete in time
     ├── IdleTimedOut        the body stopped for too long
@@ -15,7 +15,7 @@ The messages name the upstream and the rule; they never contain request headers,
 
 from typing import Literal
 
-ConnectPhase = Literal["closed", "dns", "connect", "proxy", "tls"]
+ConnectPhase = Literal["closed", "dns", "refused", "connect", "proxy", "tls"]
 WaitPhase = Literal["pool", "connect"]
 
 

@@ -18,7 +18,7 @@ import stripe
 from stripe.params.v2.billing import MeterEventStreamCreateParamsEvent
 
 from core.clock import Clock
-from core.http import Origin, open_client
+from core.http import NamedOrigin, open_client
 from core.settings import StripeSettings
 from metering.billing import stripe_objects as objects
 from metering.billing.errors import (
@@ -78,7 +78,7 @@ class StripeApi:
     def __init__(self, settings: StripeSettings, clock: Clock, *, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
         """Connect to nothing yet."""
         assert settings.api_key is not None
-        trusted = () if settings.url is None else (Origin.of(settings.url),)
+        trusted = () if settings.url is None else (NamedOrigin.of(settings.url),)
         self._http = _GuardedHttp(open_client(timeout_seconds=timeout_seconds, trusted=trusted, connections_max=64))
         self._addresses: Any = (
             {} if settings.url is None else {"api": settings.url, "meter_events": settings.url, "files": settings.url}

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import httpcore
 import httpx
 import pytest
 
-from core.http import AddressForbidden, GuardedNetwork, Origin, is_forbidden, open_client
+from core.egress import EgressPolicy, Guard, is_special
+from core.http import AddressForbidden, GuardedNetwork, NamedOrigin, open_client
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,12 @@ from core.http import AddressForbidden, GuardedNetwork, Origin, is_forbidden, op
     ],
 )
 def test_what_only_our_network_reaches_is_forbidden(address: str) -> None:
-    assert is_forbidden(address)
+    assert is_special(address)
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "54.187.174.169", "2606:4700:4700::1111"])
 def test_public_addresses_are_not(address: str) -> None:
-    assert not is_forbidden(address)
+    assert not is_special(address)
 
 
 async def _listening(hits: list[bytes]) -> asyncio.Server:
@@ -53,14 +53,14 @@ class TestAClient:
                 with pytest.raises(httpx.ConnectError):
                     await client.get(f"http://127.0.0.1:{port}/")
             assert hits == []
-            async with open_client(timeout_seconds=5, trusted=[Origin("127.0.0.1", port)]) as client:
+            async with open_client(timeout_seconds=5, trusted=[NamedOrigin("127.0.0.1", port)]) as client:
                 assert (await client.get(f"http://127.0.0.1:{port}/")).text == "ok"
         assert len(hits) == 1
 
     async def test_follows_no_redirect(self) -> None:
         server = await _listening([])
         port = server.sockets[0].getsockname()[1]
-        async with server, open_client(timeout_seconds=5, trusted=[Origin("127.0.0.1", port)]) as client:
+        async with server, open_client(timeout_seconds=5, trusted=[NamedOrigin("127.0.0.1", port)]) as client:
             assert (await client.get(f"http://127.0.0.1:{port}/moved")).status_code == 302
 
     async def test_uses_no_proxy_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,18 +78,21 @@ class TestAClient:
 class TestNames:
     @pytest.mark.parametrize(
         "answers",
-        [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::1"], []],
-        ids=["private", "public and private", "IPv6 loopback", "none"],
+        [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::1"], ["fe80::1%eth0"]],
+        ids=["private", "public and private", "IPv6 loopback", "an address of the link"],
     )
-    async def test_with_any_forbidden_address_are_not_connected(
-        self, answers: list[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        _resolve_to(monkeypatch, answers)
+    async def test_with_any_forbidden_address_are_not_connected(self, answers: list[str]) -> None:
+        guard, _ = _guard(answers)
         with pytest.raises(AddressForbidden):
-            await GuardedNetwork().connect_tcp("rebinding.example", 443)
+            await GuardedNetwork(guard=guard).connect_tcp("rebinding.example", 443)
 
-    async def test_are_looked_up_once_and_connected_by_number(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = _resolve_to(monkeypatch, ["8.8.8.8"])
+    async def test_without_an_address_are_not_connected(self) -> None:
+        guard, _ = _guard([])
+        with pytest.raises(httpcore.ConnectError, match="not resolved"):
+            await GuardedNetwork(guard=guard).connect_tcp("nowhere.example", 443)
+
+    async def test_are_looked_up_once_and_connected_by_number(self) -> None:
+        guard, asked = _guard(["8.8.8.8"])
         connected: list[str] = []
 
         class Network(httpcore.AsyncNetworkBackend):
@@ -97,26 +100,25 @@ class TestNames:
                 connected.append(host)
                 raise httpcore.ConnectError("far enough")
 
-        guarded = GuardedNetwork()
+        guarded = GuardedNetwork(guard=guard)
         guarded._network = Network()
         with pytest.raises(httpcore.ConnectError, match="far enough"):
             await guarded.connect_tcp("public.example", 443)
         assert (asked, connected) == (["public.example"], ["8.8.8.8"])
 
     @pytest.mark.parametrize("port", [22, 25, 80, 5432, 6379])
-    async def test_are_connected_on_ports_of_the_web_only(self, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = _resolve_to(monkeypatch, ["8.8.8.8"])
+    async def test_are_connected_on_ports_of_the_web_only(self, port: int) -> None:
+        guard, asked = _guard(["8.8.8.8"])
         with pytest.raises(AddressForbidden):
-            await GuardedNetwork().connect_tcp("public.example", port)
+            await GuardedNetwork(guard=guard).connect_tcp("public.example", port)
         assert asked == []
 
 
-def _resolve_to(monkeypatch: pytest.MonkeyPatch, answers: list[str]) -> list[str]:
+def _guard(answers: list[str]) -> tuple[Guard, list[str]]:
     asked: list[str] = []
 
-    async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+    async def resolve(host: str, _port: int) -> list[str]:
         asked.append(host)
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answer, port)) for answer in answers]
+        return answers
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", getaddrinfo, raising=False)
-    return asked
+    return Guard(EgressPolicy, resolve), asked

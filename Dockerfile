@@ -5,6 +5,7 @@ COPY requirements/runtime.txt requirements/
 RUN python -m venv /venv && /venv/bin/pip install --no-cache-dir --no-compile --require-hashes -r requirements/runtime.txt
 COPY core core
 COPY keys keys
+COPY webhooks webhooks
 COPY metering metering
 COPY inference inference
 COPY gateway gateway

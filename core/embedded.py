@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import structlog
 
-from core.settings import Pepper, Settings
+from core.settings import Pepper, SealingKey, Settings, SigningSeed
 
 _START_SECONDS_MAX = 60.0
 # An API process holds fourteen at most, a worker four: enough for thirty processes.
@@ -40,11 +40,13 @@ class EmbeddedUnavailable(Exception):
 
 
 class Stores(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the two stores are, the peppers that go with them, and how to start again one of ours that died."""
+    """Where the two stores are, the keys that go with them, and how to start again one of ours that died."""
 
     database_url: str
     redis_url: str
     peppers: tuple[Pepper, ...]
+    sealing_keys: tuple[SealingKey, ...]
+    webhook_signing_keys: tuple[SigningSeed, ...]
     revive: Callable[[], None]
 
 
@@ -59,6 +61,8 @@ def stores(settings: Settings) -> Generator[Stores]:
             database_url=settings.database_url,
             redis_url=settings.redis_url,
             peppers=settings.peppers,
+            sealing_keys=settings.sealing_keys,
+            webhook_signing_keys=settings.webhook_signing_keys,
             revive=_nothing_of_ours,
         )
         return
@@ -74,6 +78,8 @@ def stores(settings: Settings) -> Generator[Stores]:
                 database_url=database_url,
                 redis_url=redis_url,
                 peppers=settings.peppers or _own_peppers(settings.data_dir / "peppers.json"),
+                sealing_keys=settings.sealing_keys or _own_sealing_keys(settings.data_dir / "sealing.json"),
+                webhook_signing_keys=settings.webhook_signing_keys or _own_seeds(settings.data_dir / "webhooks.json"),
                 revive=lambda: _revive(database, redis),
             )
         finally:
@@ -299,7 +305,22 @@ def redis_server_program() -> Path:
 
 
 def _own_peppers(path: Path) -> tuple[Pepper, ...]:
-    """Return the peppers kept under the data directory, made on first use. Losing the file voids every key."""
+    """Return the peppers kept under the data directory. Losing the file voids every key."""
+    return tuple(Pepper(id=name, key=key) for name, key in _own_keys(path))
+
+
+def _own_sealing_keys(path: Path) -> tuple[SealingKey, ...]:
+    """Return the sealing keys kept under the data directory. Losing the file voids every signing secret."""
+    return tuple(SealingKey(id=name, key=key) for name, key in _own_keys(path))
+
+
+def _own_seeds(path: Path) -> tuple[SigningSeed, ...]:
+    """Return the keys by which webhooks are signed. Losing the file makes others, which are published anew."""
+    return tuple(SigningSeed(key) for _, key in _own_keys(path))
+
+
+def _own_keys(path: Path) -> list[tuple[str, bytes]]:
+    """Return the ring that *path* keeps, made on first use, by id."""
     if not path.exists():
         fresh = path.with_suffix(".new")
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -309,4 +330,4 @@ def _own_peppers(path: Path) -> tuple[Pepper, ...]:
             os.link(fresh, path)
         fresh.unlink(missing_ok=True)
     ring: list[dict[str, str]] = msgspec.json.decode(path.read_bytes())
-    return tuple(Pepper(id=pepper["id"], key=bytes.fromhex(pepper["key"])) for pepper in ring)
+    return [(key["id"], bytes.fromhex(key["key"])) for key in ring]

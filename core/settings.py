@@ -5,17 +5,31 @@ There is no default for a secret: embedded mode makes its own under the data dir
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import msgspec
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_PEPPER = re.compile(r"^[a-z0-9]{1,16}:[0-9a-f]{64}$")
+from core.setting_values import (
+    Network,
+    address,
+    boolean,
+    integer,
+    lease,
+    networks,
+    one_of,
+    optional,
+    rate,
+    ring,
+    seconds,
+    signing_seed,
+    stripe_key,
+    url_of,
+    webhook_secrets,
+)
+
 _T = TypeVar("_T")
 
 
@@ -36,6 +50,27 @@ class Pepper(msgspec.Struct, frozen=True):
     def __repr__(self) -> str:
         """Keep the key out of logs and tracebacks."""
         return f"Pepper(id={self.id!r})"
+
+
+class SealingKey(msgspec.Struct, frozen=True):
+    """A key of 32 bytes under which secrets are kept (`core/sealing.py`). The first of the ring seals."""
+
+    id: str
+    key: bytes
+
+    def __repr__(self) -> str:
+        """Keep the key out of logs and tracebacks."""
+        return f"SealingKey(id={self.id!r})"
+
+
+class SigningSeed(msgspec.Struct, frozen=True):
+    """An ed25519 private key of 32 bytes, by which webhooks are signed beside each endpoint's own secret."""
+
+    seed: bytes
+
+    def __repr__(self) -> str:
+        """Keep the key out of logs and tracebacks."""
+        return "SigningSeed()"
 
 
 class EdgeSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +160,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_url: str | None
     redis_url: str | None
     peppers: tuple[Pepper, ...]
+    sealing_keys: tuple[SealingKey, ...]
+    webhook_signing_keys: tuple[SigningSeed, ...]
+    webhook_retention_days: int
+    """Events, deliveries and attempts that are older are deleted."""
     first_run: bool
     edge: EdgeSettings
     ledger: LedgerSettings
@@ -159,28 +198,31 @@ def load(environ: Mapping[str, str]) -> Settings:
     log = LogSettings(
         format=cast(
             "Literal['json', 'console']",
-            read("AAP_LOG_FORMAT", "json", _one_of("json", "console")),
+            read("AAP_LOG_FORMAT", "json", one_of("json", "console")),
         ),
-        level=read("AAP_LOG_LEVEL", "info", _one_of("debug", "info", "warning", "error")),
-        requests=read("AAP_LOG_REQUESTS", default=True, parse=_boolean),
+        level=read("AAP_LOG_LEVEL", "info", one_of("debug", "info", "warning", "error")),
+        requests=read("AAP_LOG_REQUESTS", default=True, parse=boolean),
     )
     data_dir = read("AAP_DATA_DIR", Path(".data"), Path).absolute()
     settings = Settings(
         data_dir=data_dir,
         config_path=read("AAP_CONFIG", Path("aap.toml"), Path).absolute(),
-        database_url=read("DATABASE_URL", None, _url("postgresql", "postgres", "postgresql+asyncpg")),
-        redis_url=read("REDIS_URL", None, _url("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
+        database_url=read("DATABASE_URL", None, url_of("postgresql", "postgres", "postgresql+asyncpg")),
+        redis_url=read("REDIS_URL", None, url_of("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")),
         peppers=read("AAP_KEY_PEPPERS", (), _peppers),
-        first_run=read("AAP_FIRST_RUN", default=True, parse=_boolean),
+        sealing_keys=read("AAP_SEALING_KEYS", (), _sealing_keys),
+        webhook_signing_keys=read("AAP_WEBHOOK_SIGNING_KEYS", (), _signing_seeds),
+        webhook_retention_days=read("AAP_WEBHOOK_RETENTION_DAYS", 30, integer(1, 400)),
+        first_run=read("AAP_FIRST_RUN", default=True, parse=boolean),
         edge=_edge(reader, environ),
         ledger=LedgerSettings(
-            lease_seconds=read("AAP_GATEWAY_LEASE_SECONDS", 15.0, _lease),
-            retention_months=read("AAP_LEDGER_RETENTION_MONTHS", 0, _integer(0, 1200)),
+            lease_seconds=read("AAP_GATEWAY_LEASE_SECONDS", 15.0, lease),
+            retention_months=read("AAP_LEDGER_RETENTION_MONTHS", 0, integer(0, 1200)),
             archive_dir=read("AAP_LEDGER_ARCHIVE_DIR", data_dir / "archive", Path).absolute(),
         ),
         idempotency=IdempotencySettings(
-            retention_seconds=read("AAP_IDEMPOTENCY_SECONDS", 86_400.0, _seconds),
-            answer_bytes_max=read("AAP_IDEMPOTENCY_BYTES_MAX", 1024 * 1024, _integer(0, 1 << 26)),
+            retention_seconds=read("AAP_IDEMPOTENCY_SECONDS", 86_400.0, seconds),
+            answer_bytes_max=read("AAP_IDEMPOTENCY_BYTES_MAX", 1024 * 1024, integer(0, 1 << 26)),
         ),
         log=log,
         stripe=_stripe(reader),
@@ -199,28 +241,28 @@ def load(environ: Mapping[str, str]) -> Settings:
 def _edge(reader: _Reader, environ: Mapping[str, str]) -> EdgeSettings:
     read = reader.read
     return EdgeSettings(
-        host=read("AAP_HOST", "127.0.0.1", _address),
-        port=read("AAP_PORT", 8080, _integer(1, 65535)),
-        workers=read("AAP_WORKERS", min(os.cpu_count() or 1, 4), _integer(1, 256)),
-        body_bytes_max=read("AAP_BODY_BYTES_MAX", 10 * 1024 * 1024, _integer(1024, 1 << 30)),
-        in_flight_max=read("AAP_IN_FLIGHT_MAX", 2048, _integer(1, 1 << 20)),
-        queued_max=read("AAP_QUEUED_MAX", 512, _integer(0, 1 << 20)),
-        queue_seconds_max=read("AAP_QUEUE_SECONDS_MAX", 5.0, _seconds),
-        connections_max=read("AAP_CONNECTIONS_MAX", 16_384, _integer(1, 1 << 20)),
-        bodies_bytes_max=read("AAP_BODIES_BYTES_MAX", 256 * 1024 * 1024, _integer(1 << 20, 1 << 40)),
-        drain_seconds=read("AAP_DRAIN_SECONDS", 30.0, _seconds),
-        drain_notice_seconds=read("AAP_DRAIN_NOTICE_SECONDS", 0.0, _seconds),
-        keepalive_seconds=read("AAP_SSE_KEEPALIVE_SECONDS", 15.0, _seconds),
-        header_seconds_max=read("AAP_HEADER_SECONDS_MAX", 10.0, _seconds),
-        trusted_proxies=read("AAP_TRUSTED_PROXIES", (), _networks),
-        metrics_token=read("AAP_METRICS_TOKEN", None, _optional),
+        host=read("AAP_HOST", "127.0.0.1", address),
+        port=read("AAP_PORT", 8080, integer(1, 65535)),
+        workers=read("AAP_WORKERS", min(os.cpu_count() or 1, 4), integer(1, 256)),
+        body_bytes_max=read("AAP_BODY_BYTES_MAX", 10 * 1024 * 1024, integer(1024, 1 << 30)),
+        in_flight_max=read("AAP_IN_FLIGHT_MAX", 2048, integer(1, 1 << 20)),
+        queued_max=read("AAP_QUEUED_MAX", 512, integer(0, 1 << 20)),
+        queue_seconds_max=read("AAP_QUEUE_SECONDS_MAX", 5.0, seconds),
+        connections_max=read("AAP_CONNECTIONS_MAX", 16_384, integer(1, 1 << 20)),
+        bodies_bytes_max=read("AAP_BODIES_BYTES_MAX", 256 * 1024 * 1024, integer(1 << 20, 1 << 40)),
+        drain_seconds=read("AAP_DRAIN_SECONDS", 30.0, seconds),
+        drain_notice_seconds=read("AAP_DRAIN_NOTICE_SECONDS", 0.0, seconds),
+        keepalive_seconds=read("AAP_SSE_KEEPALIVE_SECONDS", 15.0, seconds),
+        header_seconds_max=read("AAP_HEADER_SECONDS_MAX", 10.0, seconds),
+        trusted_proxies=read("AAP_TRUSTED_PROXIES", (), networks),
+        metrics_token=read("AAP_METRICS_TOKEN", None, optional),
         # A proxy on the same machine makes everybody a local caller: fine for trying out, not where it is for real.
         metrics_access=cast(
             "Literal['loopback', 'token']",
             read(
                 "AAP_METRICS_ACCESS",
                 "token" if environ.get("DATABASE_URL") else "loopback",
-                _one_of("loopback", "token"),
+                one_of("loopback", "token"),
             ),
         ),
     )
@@ -228,16 +270,16 @@ def _edge(reader: _Reader, environ: Mapping[str, str]) -> EdgeSettings:
 
 def _stripe(reader: _Reader) -> StripeSettings:
     read = reader.read
-    api_key = read("STRIPE_API_KEY", None, _stripe_key)
+    api_key = read("STRIPE_API_KEY", None, stripe_key)
     # Sandboxes take 25 requests a second, and live accounts a hundred, beside 1,000 of meter events.
     is_live = api_key is not None and "_live_" in api_key
     settings = StripeSettings(
         api_key=api_key,
-        webhook_secrets=read("STRIPE_WEBHOOK_SECRET", (), _webhook_secrets),
-        url=read("AAP_STRIPE_URL", None, _url("http", "https")),
-        requests_per_second=read("AAP_STRIPE_REQUESTS_PER_SECOND", 80.0 if is_live else 20.0, _rate),
-        stream_above=read("AAP_STRIPE_STREAM_ABOVE", 5_000, _integer(0, 1 << 31)),
-        test_clock=read("AAP_STRIPE_TEST_CLOCK", None, _optional),
+        webhook_secrets=read("STRIPE_WEBHOOK_SECRET", (), webhook_secrets),
+        url=read("AAP_STRIPE_URL", None, url_of("http", "https")),
+        requests_per_second=read("AAP_STRIPE_REQUESTS_PER_SECOND", 80.0 if is_live else 20.0, rate),
+        stream_above=read("AAP_STRIPE_STREAM_ABOVE", 5_000, integer(0, 1 << 31)),
+        test_clock=read("AAP_STRIPE_TEST_CLOCK", None, optional),
     )
     if settings.test_clock is not None and is_live:
         reader.problems.append("AAP_STRIPE_TEST_CLOCK: only with a test key: live customers have no clock of their own")
@@ -246,16 +288,16 @@ def _stripe(reader: _Reader) -> StripeSettings:
 
 def _mail(reader: _Reader) -> MailSettings:
     read = reader.read
-    host = read("AAP_SMTP_HOST", None, _optional)
+    host = read("AAP_SMTP_HOST", None, optional)
     settings = MailSettings(
         host=host,
-        port=read("AAP_SMTP_PORT", 587, _integer(1, 65535)),
-        user=read("AAP_SMTP_USER", None, _optional),
-        password=read("AAP_SMTP_PASSWORD", None, _optional),
+        port=read("AAP_SMTP_PORT", 587, integer(1, 65535)),
+        user=read("AAP_SMTP_USER", None, optional),
+        password=read("AAP_SMTP_PASSWORD", None, optional),
         sender=read("AAP_MAIL_FROM", "", str),
         encryption=cast(
             "Literal['starttls', 'tls', 'none']",
-            read("AAP_SMTP_ENCRYPTION", "starttls", _one_of("starttls", "tls", "none")),
+            read("AAP_SMTP_ENCRYPTION", "starttls", one_of("starttls", "tls", "none")),
         ),
     )
     if host is not None and "@" not in settings.sender:
@@ -263,94 +305,13 @@ def _mail(reader: _Reader) -> MailSettings:
     return settings
 
 
-def _stripe_key(text: str) -> str | None:
-    if not re.fullmatch(r"[sr]k_(test|live)_\w+", text, re.ASCII):
-        raise ValueError("expected a secret or restricted key, which begins with sk_ or rk_")
-    return text
-
-
-def _webhook_secrets(text: str) -> tuple[str, ...]:
-    secrets = tuple(part.strip() for part in text.split(",") if part.strip())
-    # An empty secret would verify whatever anybody signs with nothing (GHSA-xff3-5c9p-2mr4).
-    if not all(re.fullmatch(r"whsec_[\w+/=]{16,}", secret, re.ASCII) for secret in secrets):
-        raise ValueError("expected whsec_ and at least 16 more characters, or several of these, separated by commas")
-    return secrets
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0.1 <= value <= 10_000:
-        raise ValueError(f"expected a rate from 0.1 to 10000 a second, got {text!r}")
-    return value
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or not low <= int(text) <= high:
-            raise ValueError(f"expected a whole number from {low} to {high}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 86_400:
-        raise ValueError(f"expected seconds from 0 to 86400, got {text!r}")
-    return value
-
-
-def _lease(text: str) -> float:
-    value = float(text)
-    # It is renewed every two seconds: less would take every pause for a death.
-    if not 5 <= value <= 300:
-        raise ValueError(f"expected seconds from 5 to 300, got {text!r}")
-    return value
-
-
-def _boolean(text: str) -> bool:
-    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(f"expected true or false, got {text!r}")
-    return words[text.lower()]
-
-
-def _one_of(*words: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text.lower() not in words:
-            raise ValueError(f"expected one of {', '.join(words)}, got {text!r}")
-        return text.lower()
-
-    return parse
-
-
-def _url(*schemes: str) -> Callable[[str], str | None]:
-    def parse(text: str) -> str | None:
-        # The value may hold a password: say what was expected, never what was given.
-        if text.partition("://")[0] not in schemes or "://" not in text:
-            raise ValueError(f"expected an address that starts with {', '.join(s + '://' for s in schemes)}")
-        return text
-
-    return parse
-
-
-def _address(text: str) -> str:
-    return str(ipaddress.ip_address("127.0.0.1" if text == "localhost" else text))
-
-
-def _optional(text: str) -> str | None:
-    return text
-
-
-def _networks(text: str) -> tuple[Network, ...]:
-    return tuple(ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",") if part.strip())
-
-
 def _peppers(text: str) -> tuple[Pepper, ...]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(_PEPPER.match(part) for part in parts):
-        raise ValueError("expected id:64-hex-digits, comma-separated, newest first")
-    ring = tuple(Pepper(id=part.partition(":")[0], key=bytes.fromhex(part.partition(":")[2])) for part in parts)
-    if len({pepper.id for pepper in ring}) != len(ring):
-        raise ValueError("two peppers have the same id")
-    return ring
+    return tuple(Pepper(id=name, key=key) for name, key in ring(text))
+
+
+def _sealing_keys(text: str) -> tuple[SealingKey, ...]:
+    return tuple(SealingKey(id=name, key=key) for name, key in ring(text))
+
+
+def _signing_seeds(text: str) -> tuple[SigningSeed, ...]:
+    return tuple(SigningSeed(signing_seed(part.strip())) for part in text.split(",") if part.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import select
 import signal
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Self
 
 import structlog
@@ -18,7 +19,7 @@ import structlog
 from core import embedded
 from core.embedded import EmbeddedUnavailable
 from core.http1.proxies import ProxySettings
-from core.settings import EdgeSettings, Settings
+from core.settings import EdgeSettings, Pepper, SealingKey, Settings
 from gateway.catalog_file import CatalogFile
 from gateway.first_run import FirstKey, prepare
 from gateway.lifeline import Lifeline
@@ -207,14 +208,20 @@ class _Family:
 
 
 def _environment(stores: embedded.Stores, settings: Settings) -> dict[str, str]:
-    peppers = ",".join(f"{pepper.id}:{pepper.key.hex()}" for pepper in stores.peppers)
+    seeds = [base64.b64encode(key.seed).decode() for key in stores.webhook_signing_keys]
     return {
         **os.environ,
         "DATABASE_URL": stores.database_url,
         "REDIS_URL": stores.redis_url,
-        "AAP_KEY_PEPPERS": peppers,
+        "AAP_KEY_PEPPERS": _ring_text(stores.peppers),
+        "AAP_SEALING_KEYS": _ring_text(stores.sealing_keys),
+        "AAP_WEBHOOK_SIGNING_KEYS": ",".join(f"whsk_{seed}" for seed in seeds),
         "AAP_METRICS_ACCESS": settings.edge.metrics_access,
     }
+
+
+def _ring_text(ring: Sequence[Pepper | SealingKey]) -> str:
+    return ",".join(f"{key.id}:{key.key.hex()}" for key in ring)
 
 
 def _require_free_port(settings: EdgeSettings) -> None:

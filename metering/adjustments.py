@@ -16,6 +16,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import KeyId, OrganizationId, ProjectId, new_id
+from core.plain_sql import fetch
 from keys.dimensions import BUDGET_LIMIT_MAX
 from keys.errors import TenantNotFound
 from keys.lifecycle import require_scope_target
@@ -23,7 +24,6 @@ from keys.tables import KeyRow
 from metering import partitions
 from metering.entries import SETTLE, Attribution, Entry, EntryKind, Result, settle_arguments
 from metering.errors import AdjustmentInvalid, EntryNotFound
-from metering.plain_sql import fetch
 from metering.tables import LedgerEntryRow
 from metering.usage import NO_UNITS
 

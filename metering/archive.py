@@ -22,8 +22,8 @@ import asyncpg
 import structlog
 
 from core.ids import id_range_start, new_id
+from core.writer import Writer
 from metering import partitions
-from metering.writer import Writer
 
 _PAGE_ROWS: Final = 5_000
 # Each page goes on behind the last row of the one before. The first condition leaves out the other months.

@@ -20,13 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.ids import OrganizationId, new_id
 from core.money import NanoUsd
+from core.plain_sql import fetch
 from keys.budgets import Budget, budget_of, period_bounds
 from keys.caps import Standing
 from keys.dimensions import BUDGET_LIMIT_MAX, BudgetPeriod, BudgetScope, LimitScope
 from keys.errors import BudgetInvalid, TenantNotFound
 from keys.lifecycle import record_change, require_scope_target
 from keys.tables import BudgetRow
-from metering.plain_sql import fetch
 from metering.tables import BudgetEventRow, BudgetPeriodRow, SpendWindowRow, UsageIntentRow
 
 _SCOPES: Final = {

@@ -19,11 +19,11 @@ import structlog
 from core.clock import Clock
 from core.database import DOWN
 from core.ids import GatewayId
+from core.writer import GroupCommit, Writer
 from metering import partitions
 from metering.corrections import correct
 from metering.entries import INTEND, SETTLE, Entry, Intent, intend_arguments, settle_arguments
 from metering.errors import LedgerUnavailable
-from metering.writer import GroupCommit, Writer
 
 # No byte reaches a caller before its intent is durable: for this long a call waits for that.
 INTENT_SECONDS_MAX: Final = 2.0

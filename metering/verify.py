@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import Database
-from metering.plain_sql import fetch
+from core.plain_sql import fetch
 from metering.prices import Price, get_prices_by_id
 from metering.rating import rate
 from metering.usage import NO_UNITS, UNIT_NAMES, Units

@@ -19,12 +19,12 @@ from redis.exceptions import RedisError
 from core.clock import Clock
 from core.database import DOWN, Database
 from core.settings import LedgerSettings
+from core.writer import Writer
 from metering import allowances, caps, partitions
 from metering.archive import ArchiveUnwritable, archive_old
 from metering.billing.plans import Plans
 from metering.reconcile import ROUNDS_APART_SECONDS, Rounds, reconcile
 from metering.sweeper import sweep
-from metering.writer import Writer
 
 # OpenAI's usage API gives minutes for a day at most; a week lets one look into what happened.
 MINUTES_KEPT: Final = timedelta(days=7)

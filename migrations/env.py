@@ -8,9 +8,11 @@ from keys import tables as keys_tables
 from metering import tables as metering_tables
 from metering.billing import metrics_tables
 from metering.billing import tables as billing_tables
+from webhooks import tables as webhooks_tables
 
 _ROWS = (
     keys_tables.KeyRow,
+    webhooks_tables.WebhookEndpointRow,
     metering_tables.PriceRow,
     billing_tables.SubscriptionRow,
     metrics_tables.DailyMetricsRow,

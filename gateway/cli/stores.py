@@ -18,7 +18,7 @@ from core.errors import AppError
 from core.ids import KeyId, OrganizationId
 from core.migrations import expected_revision, is_current
 from core.redis import connect
-from core.settings import Pepper, Settings, SettingsInvalid, load
+from core.settings import Pepper, SealingKey, Settings, SettingsInvalid, load
 from core.telemetry import configure_logs
 from gateway.cli.common import fail
 from keys import lifecycle, lookup, tenants
@@ -29,12 +29,13 @@ _T = TypeVar("_T")
 
 
 class Stores(msgspec.Struct, frozen=True):
-    """The stores that a command works on. The first pepper makes new fingerprints."""
+    """The stores that a command works on. The first of each ring of keys makes what is new."""
 
     settings: Settings
     database: Database
     redis: Redis
     peppers: tuple[Pepper, ...]
+    sealing_keys: tuple[SealingKey, ...]
 
 
 def read_settings() -> Settings:
@@ -73,7 +74,7 @@ async def _connected(
     try:
         if not await is_current(database):
             fail(f"the database schema is not at {expected_revision()}: run `aap migrate` (or `aap serve`) first")
-        return await act(Stores(settings, database, redis, stores.peppers))
+        return await act(Stores(settings, database, redis, stores.peppers, stores.sealing_keys))
     finally:
         await redis.aclose()
         await database.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from metering.writer import Writer
+from core.writer import Writer
 from tests.harness.private_stores import PrivatePostgres
 
 

@@ -15,12 +15,12 @@ from redis.asyncio import Redis
 
 from core.database import Database
 from core.money import NanoUsd
+from core.writer import Writer
 from metering.budgets import set_budget
 from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
 from metering.sweeper import sweep
 from metering.verify import verify
-from metering.writer import Writer
 from tests.faults.conftest import PATH
 from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway, config_for

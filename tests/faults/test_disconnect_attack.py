@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from core.database import Database
-from metering.writer import Writer
+from core.writer import Writer
 from tests.faults.conftest import PATH
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from core.database import Database
-from metering.writer import Writer
+from core.writer import Writer
 from tests.faults.conftest import PATH
 from tests.harness.eventually import eventually, moment
 from tests.harness.gateway import Gateway, config_for

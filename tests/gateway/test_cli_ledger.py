@@ -16,10 +16,10 @@ from core.clock import SystemClock
 from core.database import Database
 from core.ids import new_id
 from core.settings import Pepper
+from core.writer import Writer
 from gateway.cli import aap as commands
 from metering import partitions
 from metering.entries import INTEND, SETTLE, Entry, intend_arguments, settle_arguments
-from metering.writer import Writer
 from tests.gateway import test_cli
 from tests.gateway.test_cli import Cli
 from tests.harness.tenant import new_tenant

@@ -9,10 +9,10 @@ import pytest
 from core.clock import SystemClock
 from core.database import Database
 from core.settings import Pepper
+from core.writer import Writer
 from keys.tenants import set_plan
 from metering import partitions
 from metering.entries import SETTLE, settle_arguments
-from metering.writer import Writer
 from tests.gateway import test_cli
 from tests.gateway.test_cli import Cli
 from tests.harness.tenant import new_tenant

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from core.database import Database
 from core.ids import moment_of
+from core.writer import Writer
 from metering.verify import Verification, verify
-from metering.writer import Writer
 from tests.harness.eventually import eventually, moment
 from tests.harness.failpoints import GATEWAY, WORKER
 from tests.harness.gateway import ROOT, Gateway

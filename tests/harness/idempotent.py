@@ -7,7 +7,7 @@ import hashlib
 import re
 from typing import Any
 
-from metering.writer import Writer
+from core.writer import Writer
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway
 from tests.harness.provider import Exchange, answer, chat_answer, chunk

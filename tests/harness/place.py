@@ -12,12 +12,12 @@ from redis.asyncio import Redis
 from core.database import Database
 from core.ids import OrganizationId
 from core.money import NanoUsd
+from core.writer import Writer
 from keys.dimensions import BudgetScope
 from keys.revocation import KeyChange, announce
 from metering.budgets import set_budget
 from metering.prices import add_price
 from metering.rating import PriceTerms, Rates, Step
-from metering.writer import Writer
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway, config_for
 from tests.harness.stores import TestStores

@@ -14,11 +14,11 @@ from core.clock import SystemClock
 from core.database import Database
 from core.ids import GatewayId, id_range_start, new_id
 from core.migrations import upgrade
+from core.writer import Writer
 from metering import partitions
 from metering.entries import Attribution, Entry, Intent, Result
 from metering.ledger import Ledger
 from metering.usage import Units
-from metering.writer import Writer
 from tests.harness.stores import TestStores, with_database
 from tests.harness.tenant import Tenant, new_tenant
 

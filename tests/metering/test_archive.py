@@ -19,12 +19,12 @@ import pytest
 
 from core.ids import new_id
 from core.money import NanoUsd
+from core.writer import Writer
 from metering import partitions
 from metering.archive import _DROP, ArchiveUnwritable, archive_old
 from metering.budgets import set_budget
 from metering.entries import INTEND, SETTLE, Entry, intend_arguments, settle_arguments
 from metering.usage import UNIT_NAMES, Units
-from metering.writer import Writer
 from tests.harness.eventually import moment
 from tests.metering.conftest import OwnBooks, request_id_at
 

@@ -13,11 +13,11 @@ import pytest
 from core.clock import SystemClock
 from core.database import driver_url
 from core.ids import GatewayId, id_range_start, new_id
+from core.writer import Writer
 from metering import partitions
 from metering.entries import Entry
 from metering.errors import LedgerUnavailable
 from metering.ledger import INTENT_SECONDS_MAX, Ledger
-from metering.writer import Writer
 from tests.harness.eventually import eventually
 from tests.harness.private_stores import PrivatePostgres, private_postgres
 from tests.harness.stores import TestStores

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from core.database import Database
 from core.ids import id_range_start, new_id
 from core.money import NanoUsd
+from core.writer import Writer
 from keys.dimensions import BudgetPeriod, BudgetScope
 from metering import partitions
 from metering.budgets import list_events, list_standings, set_budget
 from metering.corrections import correct
 from metering.entries import INTEND, LOST, SETTLE, Entry, intend_arguments, settle_arguments
 from metering.usage import UNIT_NAMES, Units
-from metering.writer import Writer
 from tests.metering.conftest import Books, now_ms
 
 SUMS = ("requests", "cost_nano_usd", "charge_nano_usd", *UNIT_NAMES)

@@ -12,6 +12,7 @@ import pytest
 
 from core.ids import new_id
 from core.money import NanoUsd
+from core.writer import Writer
 from keys.dimensions import BudgetPeriod, BudgetScope
 from metering import partitions
 from metering.archive import archive_old
@@ -23,7 +24,6 @@ from metering.rating import PriceTerms, Rates, Step, rate
 from metering.usage import Units
 from metering.verify import _PAGE_ROWS, Verification, verify
 from metering.worker import _FORGET_MINUTES, MINUTES_KEPT
-from metering.writer import Writer
 from tests.metering.conftest import OwnBooks, request_id_at
 
 TERMS = PriceTerms(tiers={"default": (Step(rates=Rates(input_tokens=150_000_001, output_tokens=600_000_003)),)})

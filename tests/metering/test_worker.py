@@ -19,6 +19,7 @@ from core.database import DOWN, Database
 from core.ids import new_id
 from core.money import NanoUsd
 from core.settings import LedgerSettings
+from core.writer import Writer
 from keys.budgets import budget_of, period_bounds
 from keys.caps import state_key
 from keys.tables import BudgetRow
@@ -27,7 +28,6 @@ from metering.budgets import set_budget
 from metering.entries import INTEND, SETTLE, intend_arguments, settle_arguments
 from metering.verify import verify
 from metering.worker import MeteringStores, MeteringWorker, Pace
-from metering.writer import Writer
 from tests.harness.eventually import eventually
 from tests.harness.private_stores import private_postgres, private_redis
 from tests.harness.stores import TestStores

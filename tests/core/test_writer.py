@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from metering.writer import GroupCommit
+from core.writer import GroupCommit
 from tests.harness.eventually import eventually
 
 

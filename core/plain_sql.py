@@ -1,4 +1,4 @@
-"""Statements of metering/*.sql within a session's transaction: as asyncpg has them, with $1, $2 … for arguments."""
+"""Statements as asyncpg has them, with $1, $2 … for arguments, within a session's transaction: those of *.sql files."""
 
 from __future__ import annotations
 

@@ -85,13 +85,24 @@ class Series(msgspec.Struct):
             self.outcomes[outcome] = self.outcomes.get(outcome, 0) + count
 
 
+class NamedHistogram(msgspec.Struct):
+    """A histogram with bounds of its own."""
+
+    bounds: tuple[float, ...]
+    histogram: Histogram
+
+
 class Snapshot(msgspec.Struct):
-    """All numbers of one process. Series are keyed by their labels joined with a tab."""
+    """All numbers of one process. Series are keyed by their labels joined with a tab.
+
+    A counter may have one label: its name, a tab, the label's name, `=` and value.
+    """
 
     pid: int
     series: dict[str, Series] = {}
     counters: dict[str, float] = {}
     gauges: dict[str, float] = {}
+    histograms: dict[str, NamedHistogram] = {}
 
 
 Sampler = Callable[[], tuple[dict[str, float], dict[str, float]]]
@@ -134,15 +145,20 @@ class CallMetrics:
         counters, gauges = self._sample()
         series = {"\t".join(key): found for key, found in self._series.items()}
         snapshot = Snapshot(os.getpid(), series, counters, gauges)
-        fresh = self._path.with_suffix(".new")
-        with contextlib.suppress(OSError):
-            fresh.write_bytes(msgspec.json.encode(snapshot))
-            fresh.replace(self._path)
+        leave(self._path, snapshot)
 
     def collect(self) -> Iterable[Metric]:
         """Return the sums over all processes of this machine."""
         self.save()
         return _families(_merged(self._directory))
+
+
+def leave(path: Path, snapshot: Snapshot) -> None:
+    """Leave *snapshot* for whoever is asked. A full disk costs a scrape."""
+    fresh = path.with_suffix(".new")
+    with contextlib.suppress(OSError):
+        fresh.write_bytes(msgspec.json.encode(snapshot))
+        fresh.replace(path)
 
 
 def clear(directory: Path) -> None:
@@ -153,7 +169,7 @@ def clear(directory: Path) -> None:
 
 def _merged(directory: Path) -> Snapshot:
     """Add up what every process left. Counters of a process that has ended stay, so that sums never fall."""
-    whole = Snapshot(0, {}, {}, {})
+    whole = Snapshot(0, {}, {}, {}, {})
     for path in sorted(directory.glob("*.json")):
         try:
             part = msgspec.json.decode(path.read_bytes(), type=Snapshot)
@@ -166,6 +182,11 @@ def _merged(directory: Path) -> Snapshot:
                 whole.series[key] = series
         for name, value in part.counters.items():
             whole.counters[name] = whole.counters.get(name, 0) + value
+        for name, found in part.histograms.items():
+            if name in whole.histograms:
+                whole.histograms[name].histogram.add(found.histogram)
+            else:
+                whole.histograms[name] = found
         if _is_running(part.pid):
             for name, value in part.gauges.items():
                 whole.gauges[name] = _combined(name, whole.gauges.get(name), value)
@@ -178,7 +199,8 @@ def _combined(name: str, so_far: float | None, value: float) -> float:
         return value
     if name.endswith(("_up", "_live")):
         return min(so_far, value)
-    return max(so_far, value) if name.endswith("_seconds") else so_far + value
+    # What everybody counts in the same store is not to be added up.
+    return max(so_far, value) if name.endswith(("_seconds", "_due")) else so_far + value
 
 
 def _is_running(pid: int) -> bool:
@@ -199,10 +221,26 @@ def _families(whole: Snapshot) -> Iterator[Metric]:
         _add(tokens, [*labels, "input"], _TOKENS, series.input_tokens)
         _add(tokens, [*labels, "output"], _TOKENS, series.output_tokens)
     yield from (requests, duration, first, tokens)
-    for name, value in sorted(whole.counters.items()):
-        yield CounterMetricFamily(name, name.replace("_", " "), value=value)
+    yield from _counters(whole.counters)
+    for name, found in sorted(whole.histograms.items()):
+        family = _histogram(name, name.replace("_", " "), ())
+        _add(family, [], found.bounds, found.histogram)
+        yield family
     for name, value in sorted(whole.gauges.items()):
         yield GaugeMetricFamily(name, name.replace("_", " "), value=value)
+
+
+def _counters(counters: dict[str, float]) -> Iterator[Metric]:
+    families: dict[str, CounterMetricFamily] = {}
+    for key, value in sorted(counters.items()):
+        name, _, label = key.partition("\t")
+        label_name, _, label_value = label.partition("=")
+        family = families.get(name)
+        if family is None:
+            labels = [label_name] if label else None
+            family = families[name] = CounterMetricFamily(name, name.replace("_", " "), labels=labels)
+        family.add_metric([label_value] if label else [], value)
+    yield from families.values()
 
 
 def _histogram(name: str, help_text: str, labels: tuple[str, ...]) -> HistogramMetricFamily:

@@ -62,20 +62,35 @@ def serve(settings: Settings, *, with_worker: bool, welcome: Welcome, draining: 
     with _Signals() as signals, embedded.stores(settings) as stores:
         first_key = asyncio.run(prepare(stores.database_url, stores.peppers[0], makes_tenant=settings.first_run))
         clear(settings.data_dir / "metrics")
-        family = _Family(_environment(stores, settings), settings, with_worker=with_worker)
+        family = _Family(_environment(stores, settings), settings)
         try:
             try:
-                family.start()
+                family.start_api()
             except BaseException:
                 if first_key is not None:
                     welcome(first_key, None)
                 raise
+            # Last: calls can be answered without workers, and sooner if those do not start beside them.
+            if with_worker:
+                family.start_workers(delivers_webhooks=bool(stores.sealing_keys))
             welcome(first_key, catalog_file)
             while not signals.wait(_LOOK_SECONDS) & _STOPPING:
                 _revive(stores)
                 family.restart_dead()
         finally:
             family.stop(signals, draining)
+
+
+def work(settings: Settings) -> None:
+    """Run the workers alone, on the stores that *settings* name, until SIGTERM or SIGINT."""
+    with _Signals() as signals:
+        family = _Family(os.environ, settings)
+        try:
+            family.start_workers(delivers_webhooks=bool(settings.sealing_keys))
+            while not signals.wait(_LOOK_SECONDS) & _STOPPING:
+                family.restart_dead()
+        finally:
+            family.stop(signals, lambda: None)
 
 
 def _revive(stores: embedded.Stores) -> None:
@@ -142,20 +157,16 @@ class _Process:
 
 
 class _Family:
-    """The processes of one `aap serve`."""
+    """The processes of one `aap serve` or `aap worker`."""
 
-    def __init__(self, environment: Mapping[str, str], settings: Settings, *, with_worker: bool) -> None:
+    def __init__(self, environment: Mapping[str, str], settings: Settings) -> None:
         self._environment = environment
         self._settings = settings
-        self._with_worker = with_worker
         self._lifeline = Lifeline()
         self._processes: list[_Process] = []
 
-    def start(self) -> None:
-        """Start every process; return when each API process has opened the port. Errors: ProcessFailed.
-
-        The worker comes last: calls can be answered without it, and sooner if it does not start beside them.
-        """
+    def start_api(self) -> None:
+        """Start the API processes; return when each has opened the port. Errors: ProcessFailed."""
         api = [self._process("gateway.server") for _ in range(self._settings.edge.workers)]
         self._processes += api
         deadline = time.monotonic() + _READY_SECONDS_MAX
@@ -163,8 +174,12 @@ class _Family:
             readable, _, _ = select.select([process.ready], [], [], max(0.0, deadline - time.monotonic()))
             if not readable or not os.read(process.ready, 1):
                 raise ProcessFailed("an API process did not become ready; see the log above")
-        if self._with_worker:
-            self._processes.append(self._process("gateway.worker"))
+
+    def start_workers(self, *, delivers_webhooks: bool) -> None:
+        """Start what works for all gateways. Without a sealing key there are no endpoints to deliver to."""
+        self._processes.append(self._process("gateway.worker"))
+        if delivers_webhooks:
+            self._processes.append(self._process("gateway.webhook_worker"))
 
     def _process(self, module: str) -> _Process:
         return _Process(module, self._environment, self._lifeline)

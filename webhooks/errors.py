@@ -76,8 +76,8 @@ class TooManyDeliveries(Invalid):
 
     code = "too_many_deliveries"
 
-    def __init__(self, count: int, count_max: int) -> None:
-        super().__init__(f"That would be {count} deliveries, and {count_max} are the most at once: choose a part.")
+    def __init__(self, count_max: int) -> None:
+        super().__init__(f"That would be more than {count_max} deliveries, the most at once: choose a shorter time.")
 
 
 class SecretNotRevealable(Forbidden):

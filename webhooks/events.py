@@ -164,6 +164,9 @@ class EndpointFailing(EventData, frozen=True, kw_only=True):
     problem: str
 
 
+DisabledReason = Literal["gone", "failing", "owner", "operator"]
+
+
 class EndpointDisabled(EventData, frozen=True, kw_only=True):
     """An endpoint was disabled. Sent to the organization's others."""
 
@@ -171,7 +174,7 @@ class EndpointDisabled(EventData, frozen=True, kw_only=True):
 
     endpoint_id: str
     description: str
-    reason: Literal["gone", "failing", "owner", "operator"]
+    reason: DisabledReason
 
 
 class Ping(EventData, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import msgspec
 
 from core.database import Database
 from core.plain_sql import fetch
-from webhooks.events import wants
+from webhooks.events import EndpointFailing, wants
 from webhooks.filters import matches
 
 BATCH_EVENTS: Final = 500
@@ -48,7 +48,7 @@ class _Interest(NamedTuple):
 def delivery_id(endpoint_id: str, event_id: str) -> str:
     """Return the id of what an endpoint is due of an event: sorted by when the event was made.
 
-    `webhooks/resend.sql` makes the same.
+    `webhooks/resend.py` looks for the same in SQL.
     """
     digest = hashlib.md5(f"{endpoint_id}{event_id}".encode(), usedforsecurity=False).hexdigest()
     return f"dlv_{event_id[4:14]}{digest[:16]}"
@@ -78,7 +78,13 @@ def _recipients(event: Any, interests: list[_Interest]) -> list[str]:
     wanted = [
         one for one in interests if wants(one.event_types, event.type) and event.endpoint_id in {None, one.endpoint_id}
     ]
-    if event.endpoint_id is not None or all(one.filter is None for one in wanted):
+    is_about_one = event.type == EndpointFailing.type
+    if event.endpoint_id is not None or (not is_about_one and all(one.filter is None for one in wanted)):
         return [one.endpoint_id for one in wanted]
     data = msgspec.json.decode(event.data)
-    return [one.endpoint_id for one in wanted if matches(one.filter, data)]
+    return [
+        one.endpoint_id
+        for one in wanted
+        # That it fails would be one more thing that it does not take.
+        if matches(one.filter, data) and not (is_about_one and data["endpoint_id"] == one.endpoint_id)
+    ]

@@ -15,13 +15,16 @@ from core.plain_sql import fetch
 from webhooks.events import EventData
 
 CHANNEL: Final = "aap_webhooks"
-"""What workers listen to; a message on it says nothing but that there is something to do."""
+"""What workers listen to: empty messages, that there is something to do; an endpoint's id, that it was changed."""
 _PUBLISH: Final = """
 WITH told AS (
   INSERT INTO webhook_events (id, organization_id, type, data, endpoint_id) VALUES ($1, $2, $3, $4::text::json, $5)
 )
 SELECT pg_notify('aap_webhooks', '')
 """
+
+
+_WAKE: Final = "SELECT pg_notify('aap_webhooks', $1)"
 
 
 async def publish(
@@ -32,3 +35,8 @@ async def publish(
     encoded = msgspec.json.encode(data).decode()
     await fetch(session, _PUBLISH, event_id, organization_id, data.type, encoded, endpoint_id)
     return event_id
+
+
+async def wake(session: AsyncSession, endpoint_id: str) -> None:
+    """Have workers look at an endpoint that was changed, once this transaction has ended."""
+    await fetch(session, _WAKE, endpoint_id)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import NoReturn
 
 import click
 import msgspec
@@ -64,11 +63,13 @@ def serve(given: Mapping[str, str | int | None], *, with_worker: bool, as_json: 
         fail(f"a store cannot be used: {type(error).__name__}. `aap doctor` says more.")
 
 
-def become_worker() -> NoReturn:
-    """Go on as a worker process: in this one, so that signals reach it and its exit code is ours."""
-    if read_settings().database_url is None:
-        fail("DATABASE_URL is not set: with embedded stores `aap serve` runs the worker")
-    os.execv(sys.executable, [sys.executable, "-m", "gateway.worker"])  # noqa: S606 - our own module
+def work() -> None:
+    """Run the worker processes until they are told to stop."""
+    settings = read_settings()
+    configure_logs(settings.log, redact)
+    if settings.database_url is None:
+        fail("DATABASE_URL is not set: with embedded stores `aap serve` runs the workers")
+    supervisor.work(settings)
 
 
 def _welcome(edge: EdgeSettings, first_key: FirstKey | None, catalog_file: CatalogFile | None) -> _Welcome:

@@ -35,11 +35,11 @@ def serve_command(
 @click.command()
 @json_option
 def worker_command(as_json: bool) -> None:
-    """Run a worker process only, on the stores of DATABASE_URL and REDIS_URL. It prints nothing but its log."""
-    from gateway.cli.serve import become_worker
+    """Run the worker processes only, on the stores of DATABASE_URL and REDIS_URL. They print nothing but their log."""
+    from gateway.cli.serve import work
 
     del as_json  # Errors are told by `fail`, which looks it up.
-    become_worker()
+    work()
 
 
 @click.command()

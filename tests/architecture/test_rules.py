@@ -86,6 +86,7 @@ TENANT_ROWS = {
     *("BillingCustomerRow", "SubscriptionRow", "BillingPeriodRow", "InvoiceRow", "MeterCursorRow", "MeterWindowRow"),
     *("MeterReportRow", "MeterCheckRow", "WalletTransferRow", "WalletPostingRow", "TopUpRow", "EmailRow"),
     *("SubscriptionChangeRow", "UncollectedUsageRow"),
+    *("WebhookEndpointRow", "WebhookSecretRow", "WebhookEventRow", "WebhookDeliveryRow", "WebhookAttemptRow"),
 }
 
 

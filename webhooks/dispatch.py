@@ -1,0 +1,149 @@
+"""Who sends next: within bounds for each endpoint, each organization, and the process, in turns.
+
+An endpoint that is full or resting holds up nobody. What an organization has under way is bounded, so that many slow
+endpoints of one take no more than its part; those that wait for room get it organization by organization.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from core.clock import Clock
+from core.egress import EgressPolicy
+from webhooks.attempts import Message, Outcome, Sender
+from webhooks.events import body_of
+from webhooks.lanes import Lane
+from webhooks.outcomes import Due, Recorded, conclude
+from webhooks.stats import DeliveryStats
+
+ORGANIZATION_MAX: Final = 64
+PROCESS_MAX: Final = 512
+_log = structlog.get_logger(__name__)
+
+
+class Dispatcher:
+    """Sends what lanes hold."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        policy: Callable[[], EgressPolicy],
+        clock: Clock,
+        *,
+        stats: DeliveryStats,
+        done: Callable[[Lane, Recorded], None],
+    ) -> None:
+        """*done* is called with every attempt that has ended, once its lane has taken note of it."""
+        self._sender = sender
+        self._policy = policy
+        self._clock = clock
+        self._stats = stats
+        self._done = done
+        self._loop = asyncio.get_running_loop()
+        self._by_organization: Counter[str] = Counter()
+        self._held: dict[str, deque[Lane]] = {}
+        """Lanes that have something to send, and no room beside what their organization or the process has."""
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.may_begin: Callable[[], bool] = lambda: True
+
+    @property
+    def in_flight(self) -> int:
+        """How many attempts are under way."""
+        return len(self._tasks)
+
+    def serve(self, lane: Lane) -> None:
+        """Send as much of what *lane* holds as there is room for."""
+        while self._is_ready(lane):
+            organization_id = lane.target.organization_id
+            if len(self._tasks) >= PROCESS_MAX or self._by_organization[organization_id] >= ORGANIZATION_MAX:
+                held = self._held.setdefault(organization_id, deque())
+                if lane not in held:
+                    held.append(lane)
+                return
+            self._begin(lane)
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Wait for what is under way, and end what does not end in time: it is delivered again by somebody else."""
+        self.may_begin = lambda: False
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=timeout_seconds)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    def _is_ready(self, lane: Lane) -> bool:
+        if not lane.buffer or lane.is_left or lane.in_flight >= lane.window or not self.may_begin():
+            return False
+        if lane.is_resting(self._clock.now()):
+            return False
+        pause_seconds = lane.seconds_until_next(self._clock.monotonic_seconds())
+        if pause_seconds > 0:
+            endpoint_id = lane.target.endpoint_id
+            if endpoint_id not in self._timers:
+                self._timers[endpoint_id] = self._loop.call_later(pause_seconds, self._resume, lane)
+            return False
+        return True
+
+    def _resume(self, lane: Lane) -> None:
+        self._timers.pop(lane.target.endpoint_id, None)
+        self.serve(lane)
+
+    def _begin(self, lane: Lane) -> None:
+        due = lane.begin(self._clock.monotonic_seconds())
+        self._by_organization[lane.target.organization_id] += 1
+        task = self._loop.create_task(self._attempt(lane, due))
+        self._tasks.add(task)
+        task.add_done_callback(lambda ended: self._finished(lane, due, ended))
+
+    async def _attempt(self, lane: Lane, due: Due) -> None:
+        message = Message(due.event_id, body_of(due.event_id, due.event_type, due.created_at, due.data.encode()))
+        target = lane.target
+        if due.step == 0:
+            self._stats.waited((self._clock.now() - due.created_at).total_seconds())
+        try:
+            outcome = await self._sender.attempt(target, message, self._policy())
+        except Exception:  # noqa: BLE001 - ours to mend; the delivery is tried again as after any failure
+            _log.exception("webhooks.attempt_broke", endpoint_id=target.endpoint_id, delivery_id=due.delivery_id)
+            outcome = Outcome(None, "an error of ours", 0, None, None, self._clock.now())
+        now = self._clock.now()
+        lane.finish(outcome, now)
+        self._stats.attempted(outcome)
+        self._done(lane, conclude(due, outcome, now))
+
+    def _finished(self, lane: Lane, due: Due, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        organization_id = lane.target.organization_id
+        self._by_organization[organization_id] -= 1
+        if not self._by_organization[organization_id]:
+            del self._by_organization[organization_id]
+        if task.cancelled():
+            lane.in_flight -= 1
+            lane.busy.discard(due.delivery_id)
+            return
+        self._serve_held()
+        self.serve(lane)
+
+    def _serve_held(self) -> None:
+        """Give the room that there is to those who wait: one to each organization, and in it to each lane, in turns."""
+        for organization_id in list(self._held):
+            if len(self._tasks) >= PROCESS_MAX:
+                return
+            held = self._held.pop(organization_id)
+            while held and self._by_organization[organization_id] < ORGANIZATION_MAX:
+                lane = held.popleft()
+                if self._is_ready(lane):
+                    self._begin(lane)
+                    if lane.buffer:
+                        held.append(lane)
+                    break
+            if held:
+                # At the end of the line.
+                self._held[organization_id] = held

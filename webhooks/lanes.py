@@ -1,0 +1,99 @@
+"""One endpoint within a worker: what it is due next, how much may be under way, how it is doing."""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import datetime
+from typing import Final
+
+from webhooks.attempts import Outcome
+from webhooks.health import WELL, Health, after_failure
+from webhooks.outcomes import Due
+from webhooks.targets import Target
+
+IN_FLIGHT_MAX: Final = 8
+# An endpoint that nothing is known of begins small: one that never answers holds little until that is noticed.
+_IN_FLIGHT_AT_FIRST: Final = 2
+BUFFERED_MAX: Final = 4 * IN_FLIGHT_MAX
+_BUFFERED_LOW: Final = BUFFERED_MAX // 2
+
+
+class Lane:
+    """The deliveries of one endpoint. Not more than `window` are under way; who is resting gets none."""
+
+    def __init__(self, target: Target, health: Health) -> None:
+        self.target = target
+        self.health = health
+        self.buffer: deque[Due] = deque()
+        self.busy: set[str] = set()
+        """Deliveries that are buffered, under way, or not yet written down: not to be fetched again."""
+        self.in_flight = 0
+        self.is_exhausted = False
+        """Whether nothing more was due when it was last asked for."""
+        self.is_leaving = False
+        """Whether it is to be another worker's once nothing is under way."""
+        self.is_left = False
+        """Whether it is no longer this worker's."""
+        self.said_percent = health.warned_percent
+        """How far its failing was that its organization was last told of."""
+        self.idle_since: float | None = None
+        self.last_success_at: datetime | None = None
+        self.last_problem: str | None = None
+        self.is_unsaved = False
+        """Whether how it is doing is not yet where another worker would find it."""
+        self._window = _IN_FLIGHT_AT_FIRST
+        self._next_at = 0.0
+
+    @property
+    def window(self) -> int:
+        """How many may be under way."""
+        return 1 if self.health.is_probing else self._window
+
+    @property
+    def room(self) -> int:
+        """How many more may be fetched."""
+        return BUFFERED_MAX - len(self.buffer) if not self.health.is_probing else max(1 - len(self.busy), 0)
+
+    @property
+    def is_hungry(self) -> bool:
+        """Whether it is worth fetching more."""
+        is_low = len(self.buffer) < _BUFFERED_LOW and self.room > 0
+        return is_low and not self.is_exhausted and not self.is_leaving and not self.is_left
+
+    def is_resting(self, now: datetime) -> bool:
+        """Tell whether nothing is to be sent at present."""
+        if self.health.disabled_for is not None:
+            return True
+        return self.health.resting_until is not None and self.health.resting_until > now
+
+    def seconds_until_next(self, monotonic: float) -> float:
+        """Return how long the next one must wait, so that there are not more a second than its owner wants."""
+        return max(self._next_at - monotonic, 0.0)
+
+    def begin(self, monotonic: float) -> Due:
+        """Return the next delivery: it is under way from now on."""
+        self.in_flight += 1
+        if self.target.requests_per_second is not None:
+            self._next_at = max(self._next_at, monotonic) + 1 / self.target.requests_per_second
+        return self.buffer.popleft()
+
+    def finish(self, outcome: Outcome, now: datetime) -> None:
+        """Take note of what came of an attempt."""
+        self.in_flight -= 1
+        if outcome.problem is None:
+            self._window = min(self._window + 1, IN_FLIGHT_MAX)
+            self.last_success_at = now
+            self.is_unsaved = True
+            self.health = WELL
+            return
+        self._window = max(self._window // 2, 1)
+        self.last_problem = outcome.problem
+        self.is_unsaved = True
+        if self.is_resting(now) and outcome.status != 410:
+            return  # it was under way when the rest began: that is no news
+        self.health = after_failure(self.health, outcome.status, outcome.retry_after_seconds, now)
+
+    def forget_buffer(self) -> None:
+        """Let go of what is not under way; it stays due."""
+        self.busy.difference_update(due.delivery_id for due in self.buffer)
+        self.buffer.clear()

@@ -1,0 +1,173 @@
+"""Sending again: one delivery, what an endpoint has missed since a moment, or what a filter describes.
+
+What is sent again has the `webhook-id` that it had: a receiver that did take it knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from core.database import database_now
+from core.errors import Invalid
+from core.ids import OrganizationId, id_range_start
+from core.plain_sql import fetch
+from webhooks.deliveries import State
+from webhooks.endpoints import locked_endpoint
+from webhooks.errors import EndpointIsDisabled, TooManyDeliveries, WebhookNotFound
+from webhooks.events import wants
+from webhooks.fan_out import delivery_id
+from webhooks.filters import matches
+from webhooks.publish import wake
+from webhooks.tables import WebhookEndpointRow
+
+DELIVERIES_MAX: Final = 100_000
+REACH: Final = timedelta(days=14)
+"""How far back one may go (as with Svix)."""
+_ONE: Final = """
+SELECT endpoint_id FROM webhook_deliveries WHERE id = $1 AND organization_id = $2 FOR UPDATE
+"""
+_AGAIN: Final = """
+UPDATE webhook_deliveries SET state = 'pending', step = 0, due_at = now(), finished_at = NULL
+WHERE id = ANY ($1::text[]) AND organization_id = $2
+RETURNING 1
+"""
+_NOT_TAKEN: Final = """
+SELECT id FROM webhook_deliveries
+WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND id < $4 AND state IN ('failed', 'pending')
+ORDER BY id LIMIT $5
+"""
+# Events that happened while the endpoint was disabled have no delivery.
+_NEVER_DUE: Final = """
+SELECT v.id, v.type, v.data::text AS data FROM webhook_events v
+WHERE v.organization_id = $2 AND v.id >= $3 AND v.id < $4 AND v.is_fanned_out AND v.endpoint_id IS NULL
+  AND NOT EXISTS (
+    SELECT FROM webhook_deliveries d
+    WHERE d.id = 'dlv_' || substr(v.id, 5, 10) || substr(md5($1 || v.id), 1, 16)
+  )
+ORDER BY v.id LIMIT $5
+"""
+_CHOSEN: Final = """
+SELECT id FROM webhook_deliveries
+WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND id < $4
+  AND (cardinality($5::text[]) = 0 OR event_type = ANY ($5::text[])) AND ($6::text IS NULL OR state = $6::text)
+ORDER BY id LIMIT $7
+"""
+_MAKE: Final = """
+INSERT INTO webhook_deliveries (id, organization_id, endpoint_id, event_id, event_type)
+SELECT id, $1, $2, event_id, event_type FROM unnest($3::text[], $4::text[], $5::text[]) AS m (id, event_id, event_type)
+ON CONFLICT (id) DO NOTHING
+"""
+_EVENTS_AT_ONCE: Final = 5_000
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
+    """What is to be sent again of what an endpoint was sent: between two moments, of these types, in this state."""
+
+    since: datetime
+    until: datetime | None = None
+    event_types: Sequence[str] = ()
+    state: State | None = None
+
+
+async def resend(session: AsyncSession, one_id: str, *, organization_id: OrganizationId) -> None:
+    """Send a delivery again, whatever came of it, with its schedule from the beginning.
+
+    Errors: WebhookNotFound, EndpointIsDisabled.
+    """
+    rows = await fetch(session, _ONE, one_id, organization_id)
+    if not rows:
+        raise WebhookNotFound("delivery")
+    endpoint = await _enabled(session, rows[0].endpoint_id, organization_id=organization_id)
+    await fetch(session, _AGAIN, [one_id], organization_id)
+    await wake(session, endpoint.id)
+
+
+async def recover(
+    session: AsyncSession, endpoint_id: str, since: datetime, *, organization_id: OrganizationId, is_dry_run: bool
+) -> int:
+    """Send an endpoint what it has not taken since a moment, or was not due because it was disabled; return how many.
+
+    Errors: WebhookNotFound, EndpointIsDisabled, TooManyDeliveries; Invalid for a moment that is too long ago.
+    """
+    endpoint = await _enabled(session, endpoint_id, organization_id=organization_id)
+    now = await _checked_reach(session, since)
+    start, end = id_range_start("dlv", since), id_range_start("dlv", now)
+    rows = await fetch(session, _NOT_TAKEN, endpoint_id, organization_id, start, end, DELIVERIES_MAX + 1)
+    ids = [row.id for row in rows]
+    missed = await _never_due(session, endpoint, max(since, endpoint.created_at), now)
+    count = len(ids) + len(missed)
+    _require_not_too_many(count)
+    if not is_dry_run and count:
+        await fetch(session, _AGAIN, ids, organization_id)
+        new_ids = [delivery_id(endpoint_id, event_id) for event_id, _ in missed]
+        event_ids, types = [one for one, _ in missed], [name for _, name in missed]
+        await fetch(session, _MAKE, organization_id, endpoint_id, new_ids, event_ids, types)
+        await wake(session, endpoint_id)
+    return count
+
+
+async def replay(
+    session: AsyncSession, endpoint_id: str, chosen: Replay, *, organization_id: OrganizationId, is_dry_run: bool
+) -> int:
+    """Send an endpoint again what it was sent, as far as *chosen* describes it; return how many deliveries.
+
+    Errors: as `recover`.
+    """
+    await _enabled(session, endpoint_id, organization_id=organization_id)
+    now = await _checked_reach(session, chosen.since)
+    start, end = id_range_start("dlv", chosen.since), id_range_start("dlv", chosen.until or now)
+    types = list(chosen.event_types)
+    rows = await fetch(
+        session, _CHOSEN, endpoint_id, organization_id, start, end, types, chosen.state, DELIVERIES_MAX + 1
+    )
+    _require_not_too_many(len(rows))
+    if not is_dry_run and rows:
+        await fetch(session, _AGAIN, [row.id for row in rows], organization_id)
+        await wake(session, endpoint_id)
+    return len(rows)
+
+
+async def _never_due(
+    session: AsyncSession, endpoint: WebhookEndpointRow, since: datetime, until: datetime
+) -> list[tuple[str, str]]:
+    """Return ids and types of events that the endpoint wants and has no delivery of."""
+    found: list[tuple[str, str]] = []
+    start, end = id_range_start("evt", since), id_range_start("evt", until)
+    while True:
+        rows: list[Any] = await fetch(
+            session, _NEVER_DUE, endpoint.id, endpoint.organization_id, start, end, _EVENTS_AT_ONCE
+        )
+        found += [(row.id, row.type) for row in rows if _is_wanted(endpoint, row)]
+        if len(rows) < _EVENTS_AT_ONCE or len(found) > DELIVERIES_MAX:
+            return found
+        start = f"{rows[-1].id}0"
+
+
+def _is_wanted(endpoint: WebhookEndpointRow, event: Any) -> bool:
+    if not wants(endpoint.event_types, event.type):
+        return False
+    return endpoint.filter is None or matches(endpoint.filter, msgspec.json.decode(event.data))
+
+
+async def _enabled(session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId) -> WebhookEndpointRow:
+    row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
+    if row.disabled_at is not None:
+        raise EndpointIsDisabled
+    return row
+
+
+async def _checked_reach(session: AsyncSession, since: datetime) -> datetime:
+    now = await database_now(session)
+    if since < now - REACH:
+        raise Invalid(f"Invalid 'since': it is more than {REACH.days} days ago.", param="since")
+    return now
+
+
+def _require_not_too_many(count: int) -> None:
+    if count > DELIVERIES_MAX:
+        raise TooManyDeliveries(DELIVERIES_MAX)

@@ -1,0 +1,252 @@
+"""The worker that delivers webhooks. Any number may run; each takes its part of the endpoints.
+
+From an event to its delivery: it is fanned out to the endpoints that want it (`fan_out.py`), an endpoint that is due
+something is taken (`ownership.py`), what it is due is fetched (`workload.py`), sent (`dispatch.py`, `attempts.py`), and
+what came of it is written many at once (`outcomes.py`).
+
+PostgreSQL down: what is under way is sent and written down when it is back; nothing more is begun once this worker may
+have been given up. Killed: what was not written down is sent again, under the same `webhook-id`, by whoever takes its
+endpoints after a lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, Final
+
+import msgspec
+import structlog
+
+from core.clock import Clock
+from core.database import DOWN, Database
+from core.egress import EgressPolicy
+from core.ids import new_id
+from core.plain_sql import fetch
+from core.sealing import Sealer
+from core.writer import GroupCommit, Writer
+from webhooks import housekeeping
+from webhooks.attempts import Sender
+from webhooks.dispatch import Dispatcher
+from webhooks.fan_out import BATCH_EVENTS, fan_out
+from webhooks.lanes import Lane
+from webhooks.listening import listen
+from webhooks.outcomes import Recorded
+from webhooks.ownership import Ownership, Standing
+from webhooks.stats import DeliveryStats
+from webhooks.workload import Workload, WorkloadStores
+
+_STATEMENT_SECONDS_MAX: Final = 10.0
+_RECORD_PAUSE_SECONDS: Final = 0.005
+_RECORD_ROWS_MAX: Final = 500
+_CLOSE_SECONDS_MAX: Final = 5.0
+# A backlog is counted up to here: beyond, that it is long is all that matters.
+_COUNTED_MAX: Final = 100_000
+_DUE: Final = """
+SELECT count(*) AS due, coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8 AS oldest_seconds FROM (
+  SELECT d.due_at FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
+  WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL LIMIT $1
+) AS waiting
+"""
+_log = structlog.get_logger(__name__)
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each act rests between two rounds, and after one for which PostgreSQL was down."""
+
+    poll_seconds: float = 1.0
+    round_seconds_min: float = 0.01
+    """Who is woken more often than that goes on at this pace."""
+    beat_seconds: float = 1.0
+    lease_seconds: float = 10.0
+    tidy_seconds: float = 5.0
+    measure_seconds: float = 10.0
+    delete_seconds: float = 3_600.0
+    retry_seconds: float = 0.5
+    drain_seconds: float = 20.0
+
+
+class WorkerParts(msgspec.Struct, frozen=True):
+    """What a worker works with."""
+
+    sender: Sender
+    sealer: Sealer
+    policy: Callable[[], EgressPolicy]
+    clock: Clock
+
+
+class WebhookWorker:
+    """Delivers until cancelled."""
+
+    def __init__(
+        self, database_url: str, parts: WorkerParts, *, retention: timedelta, pace: Pace | None = None
+    ) -> None:
+        """*retention* is how long events, deliveries and attempts are kept."""
+        clock = parts.clock
+        self._url = database_url
+        self._clock = clock
+        self._retention = retention
+        self._pace = pace or Pace()
+        self.stats = DeliveryStats()
+        self._database = Database(database_url, connections_max=2)
+        self._stores = WorkloadStores(
+            _writer(database_url), _writer(database_url), _writer(database_url), self._database
+        )
+        self._ownership = Ownership(self._stores.beats.fetch, new_id("whw"), self._pace.lease_seconds)
+        self._workload = Workload(self._stores, self._ownership, parts.sealer, clock)
+        self._dispatcher = Dispatcher(parts.sender, parts.policy, clock, stats=self.stats, done=self._note)
+        self._dispatcher.may_begin = self._is_heard_of
+        self._records: GroupCommit[tuple[Lane, Recorded]] = GroupCommit(
+            "webhooks.attempts", self._record, pause_seconds=_RECORD_PAUSE_SECONDS, rows_max=_RECORD_ROWS_MAX
+        )
+        self._heard_until = 0.0
+        self._may_take = True
+        self._events = asyncio.Event()
+        self._due = asyncio.Event()
+        self._urgent = asyncio.Event()
+
+    async def run(self) -> None:
+        """Work until cancelled; then finish what is under way, within bounds, and leave the endpoints to others."""
+        pace = self._pace
+        self._records.start()
+        acts: tuple[tuple[Callable[[], Awaitable[Any]], asyncio.Event | None, float], ...] = (
+            (self.beat, self._urgent, pace.beat_seconds),
+            (self.spread, self._events, pace.poll_seconds),
+            (self.look, self._due, pace.poll_seconds),
+            (self.tidy, None, pace.tidy_seconds),
+            (self.measure, None, pace.measure_seconds),
+            (self.delete_old, None, pace.delete_seconds),
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(listen(self._url, self._hear))
+                for act, wake, pause_seconds in acts:
+                    group.create_task(self._forever(act, wake, pause_seconds))
+        finally:
+            await self._close()
+
+    async def beat(self) -> None:
+        """Say that this worker is there; write how its endpoints are doing, and leave those that others should have."""
+        begun_at = self._clock.monotonic_seconds()
+        standing = await self._ownership.beat()
+        self._heard_until = begun_at + self._pace.lease_seconds - self._pace.beat_seconds
+        await self._workload.check()
+        await self._workload.judge()
+        await self._workload.save()
+        await self._workload.release(self._surplus(standing))
+        # What was due later may be due by now.
+        self._look_everywhere()
+
+    async def spread(self) -> int:
+        """Make the deliveries of events that have none yet; return how many events there were."""
+        whole = 0
+        while count := await fan_out(self._database):
+            whole += count
+            self._look_everywhere()
+            if count < BATCH_EVENTS:
+                break
+        return whole
+
+    async def look(self) -> int:
+        """Take endpoints that nobody sends to, and fetch what is due; return how many deliveries."""
+        if not self._is_heard_of():
+            return 0
+        if self._may_take:
+            self._may_take = False
+            await self._workload.take()
+        return await self._workload.refill(self._dispatcher)
+
+    async def tidy(self) -> int:
+        """End deliveries to endpoints that were disabled."""
+        return await housekeeping.give_up_on_disabled(self._database)
+
+    async def measure(self) -> None:
+        """Count what is due."""
+        async with self._database.transaction() as session:
+            row = (await fetch(session, _DUE, _COUNTED_MAX))[0]
+        self.stats.due, self.stats.oldest_due_seconds = row.due, row.oldest_seconds
+        self.stats.endpoints, self.stats.in_flight = len(self._workload), self._dispatcher.in_flight
+
+    async def delete_old(self) -> int:
+        """Delete what is kept no longer."""
+        await self._ownership.forget()
+        return await housekeeping.delete_old(self._database, self._clock.now(), self._retention)
+
+    def _hear(self, message: str) -> None:
+        # With an endpoint's id: it was changed. Without: something happened, or became due.
+        if message:
+            self._urgent.set()
+        self._events.set()
+        self._look_everywhere()
+
+    def _look_everywhere(self) -> None:
+        self._workload.look_everywhere()
+        self._may_take = True
+        self._due.set()
+
+    def _is_heard_of(self) -> bool:
+        return self._clock.monotonic_seconds() < self._heard_until
+
+    def _note(self, lane: Lane, recorded: Recorded) -> None:
+        self._records.add((lane, recorded))
+        if lane.health.disabled_for is not None:
+            self._urgent.set()
+        if lane.is_hungry:
+            self._due.set()
+
+    async def _record(self, recorded: list[tuple[Lane, Recorded]]) -> None:
+        await self._workload.record(recorded)
+        if any(lane.is_hungry for lane, _ in recorded):
+            self._due.set()
+
+    def _surplus(self, standing: Standing) -> int:
+        share = math.ceil(standing.taken / standing.workers)
+        surplus = len(self._workload) - share
+        # One too many is no reason to hand endpoints back and forth.
+        return surplus if surplus > 1 else 0
+
+    async def _forever(
+        self, act: Callable[[], Awaitable[Any]], wake: asyncio.Event | None, pause_seconds: float
+    ) -> None:
+        """Run *act* again and again: *pause_seconds* later, or when woken, though not without a breath between."""
+        name = getattr(act, "__name__", "act")
+        while True:
+            if wake is not None:
+                wake.clear()
+            pause = pause_seconds
+            try:
+                await act()
+            except DOWN as error:
+                pause = min(pause_seconds, self._pace.retry_seconds)
+                _log.warning("webhooks.round_failed", act=name, error=type(error).__name__)
+            except Exception:  # noqa: BLE001 - worker loops outlive a bug, and log it
+                _log.exception("webhooks.round_broke", act=name)
+            if wake is None:
+                await asyncio.sleep(pause)
+                continue
+            await asyncio.sleep(min(pause, self._pace.round_seconds_min))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await wake.wait()
+
+    async def _close(self) -> None:
+        await self._dispatcher.close(self._pace.drain_seconds)
+        left = await self._records.close(_CLOSE_SECONDS_MAX)
+        if left:
+            _log.warning("webhooks.attempts_not_recorded", count=left)
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS_MAX):
+                await self._workload.save()
+                await self._ownership.leave()
+        except (*DOWN, TimeoutError) as error:
+            _log.warning("webhooks.not_left", error=type(error).__name__)
+        for writer in (self._stores.reads, self._stores.records, self._stores.beats):
+            await writer.close()
+        await self._database.close()
+
+
+def _writer(url: str) -> Writer:
+    return Writer(url, statement_seconds_max=_STATEMENT_SECONDS_MAX)

@@ -1,0 +1,217 @@
+"""The endpoints that a worker has, and what it keeps of them in PostgreSQL."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+
+from core.clock import Clock
+from core.database import Database
+from core.sealing import Sealer
+from core.writer import Writer
+from webhooks import verdicts
+from webhooks.dispatch import Dispatcher
+from webhooks.lanes import Lane
+from webhooks.outcomes import Due, Recorded, record
+from webhooks.ownership import Ownership
+from webhooks.targets import load
+
+# Ownership is looked at in the same statement: who has lost an endpoint finds nothing due there.
+_FETCH: Final = """
+SELECT d.id, d.organization_id, d.endpoint_id, d.event_id, d.event_type, d.step, v.created_at, v.data::text AS data,
+  e.updated_at
+FROM unnest($1::text[], $2::int4[]) AS lane (endpoint_id, room)
+JOIN webhook_endpoints e
+  ON e.id = lane.endpoint_id AND e.worker_id = $3 AND e.disabled_at IS NULL AND e.deleted_at IS NULL
+CROSS JOIN LATERAL (
+  SELECT * FROM webhook_deliveries p
+  WHERE p.endpoint_id = lane.endpoint_id AND p.state = 'pending' AND p.due_at <= now() AND p.id <> ALL ($4::text[])
+  ORDER BY p.due_at LIMIT lane.room
+) d
+JOIN webhook_events v ON v.id = d.event_id
+ORDER BY d.due_at
+"""
+_MINE: Final = """
+SELECT id, updated_at FROM webhook_endpoints
+WHERE id = ANY ($1::text[]) AND worker_id = $2 AND disabled_at IS NULL AND deleted_at IS NULL
+"""
+_SAVE: Final = """
+UPDATE webhook_endpoints e SET
+  failing_since = s.failing_since, consecutive_failures = s.consecutive_failures, resting_until = s.resting_until,
+  warned_percent = least(e.warned_percent, s.warned_percent),
+  last_success_at = coalesce(s.last_success_at, e.last_success_at),
+  last_problem = coalesce(s.last_problem, e.last_problem)
+FROM unnest(
+  $1::text[], $2::timestamptz[], $3::timestamptz[], $4::int4[], $5::timestamptz[], $6::int2[], $7::timestamptz[],
+  $8::text[]
+) AS s (
+  id, updated_at, failing_since, consecutive_failures, resting_until, warned_percent, last_success_at, last_problem
+)
+WHERE e.id = s.id AND e.updated_at = s.updated_at AND e.worker_id = $9
+"""
+_IDLE_SECONDS: Final = 5.0
+ENDPOINTS_MAX: Final = 2_000
+
+
+class WorkloadStores(msgspec.Struct, frozen=True):
+    """Connections: of the fetches, of what comes of attempts, of being heard of; and a pool for what is rare."""
+
+    reads: Writer
+    records: Writer
+    beats: Writer
+    database: Database
+
+
+class Workload:
+    """A worker's lanes."""
+
+    def __init__(self, stores: WorkloadStores, ownership: Ownership, sealer: Sealer, clock: Clock) -> None:
+        self._stores = stores
+        self._ownership = ownership
+        self._sealer = sealer
+        self._clock = clock
+        self._looks = 0
+        self.lanes: dict[str, Lane] = {}
+
+    def look_everywhere(self) -> None:
+        """Something may have become due anywhere."""
+        self._looks += 1
+        for lane in self.lanes.values():
+            lane.is_exhausted = False
+
+    async def take(self) -> int:
+        """Take endpoints that are due something and that nobody sends to; return how many. Errors: those of DOWN."""
+        room = ENDPOINTS_MAX - len(self.lanes)
+        if room <= 0:
+            return 0
+        taken = await self._ownership.take(room)
+        return await self._load(taken) if taken else 0
+
+    async def refill(self, dispatcher: Dispatcher) -> int:
+        """Fetch what is due at lanes that run low, and have it sent; return how much it was. Errors: those of DOWN."""
+        now, looks = self._clock.now(), self._looks
+        hungry = [lane for lane in self.lanes.values() if lane.is_hungry and not lane.is_resting(now)]
+        if not hungry:
+            return 0
+        rooms = {lane.target.endpoint_id: lane.room for lane in hungry}
+        busy = [delivery_id for lane in hungry for delivery_id in lane.busy]
+        rows = await self._stores.reads.fetch(
+            _FETCH, list(rooms), list(rooms.values()), self._ownership.worker_id, busy
+        )
+        changed = {row["endpoint_id"] for row in rows if self._is_changed(row)}
+        if changed:
+            await self._load(list(changed))
+        found = dict.fromkeys(rooms, 0)
+        for row in rows:
+            lane = self.lanes.get(row["endpoint_id"])
+            found[row["endpoint_id"]] += 1
+            if lane is not None and row["id"] not in lane.busy:
+                lane.busy.add(row["id"])
+                lane.buffer.append(Due(*list(row.values())[:8]))
+        for lane in hungry:
+            # What was told of meanwhile may have come after the statement had looked.
+            is_current = looks == self._looks
+            lane.is_exhausted = is_current and found[lane.target.endpoint_id] < rooms[lane.target.endpoint_id]
+            dispatcher.serve(lane)
+        return len(rows)
+
+    async def record(self, recorded: list[tuple[Lane, Recorded]]) -> None:
+        """Write what came of attempts; from then on a delivery may be fetched again. Errors: those of DOWN."""
+        await record(self._stores.records.fetch, [one for _, one in recorded])
+        for lane, one in recorded:
+            lane.busy.discard(one.due.delivery_id)
+
+    async def check(self) -> None:
+        """Let go of endpoints that are no longer this worker's, and load those that were changed."""
+        if not self.lanes:
+            return
+        rows = await self._stores.beats.fetch(_MINE, list(self.lanes), self._ownership.worker_id)
+        mine = {row["id"]: row["updated_at"] for row in rows}
+        for endpoint_id in [one for one in self.lanes if one not in mine]:
+            self._drop(endpoint_id)
+        changed = [one for one, updated_at in mine.items() if self.lanes[one].target.updated_at != updated_at]
+        if changed:
+            await self._load(changed)
+
+    async def judge(self) -> None:
+        """Warn of endpoints that fail, and disable those that have for too long. Errors: those of DOWN."""
+        for lane in list(self.lanes.values()):
+            if lane.health.disabled_for is not None:
+                await verdicts.disable(self._stores.database, lane, lane.health.disabled_for)
+                self._drop(lane.target.endpoint_id)
+            elif lane.health.warned_percent > lane.said_percent:
+                await verdicts.warn(self._stores.database, lane)
+                lane.said_percent = lane.health.warned_percent
+
+    async def save(self) -> None:
+        """Write how endpoints are doing, where that has changed. Errors: those of DOWN."""
+        lanes = [lane for lane in self.lanes.values() if lane.is_unsaved]
+        if not lanes:
+            return
+        for lane in lanes:
+            lane.is_unsaved = False
+        try:
+            await self._stores.beats.fetch(
+                _SAVE,
+                [lane.target.endpoint_id for lane in lanes],
+                [lane.target.updated_at for lane in lanes],
+                [lane.health.failing_since for lane in lanes],
+                [lane.health.consecutive_failures for lane in lanes],
+                [lane.health.resting_until for lane in lanes],
+                [lane.health.warned_percent for lane in lanes],
+                [lane.last_success_at for lane in lanes],
+                [lane.last_problem for lane in lanes],
+                self._ownership.worker_id,
+            )
+        except BaseException:
+            for lane in lanes:
+                lane.is_unsaved = True
+            raise
+
+    async def release(self, surplus: int) -> None:
+        """Leave endpoints that rest or have nothing to do, and *surplus* more, to whoever asks next."""
+        now, monotonic = self._clock.now(), self._clock.monotonic_seconds()
+        left: list[str] = []
+        for endpoint_id, lane in self.lanes.items():
+            # Two who send to one endpoint would be twice what it takes: what is under way comes to its end first.
+            lane.is_leaving = surplus > 0
+            surplus -= 1
+            if lane.is_leaving or lane.is_resting(now):
+                lane.forget_buffer()
+            if lane.busy or lane.is_unsaved:
+                lane.idle_since = None
+                continue
+            lane.idle_since = lane.idle_since or monotonic
+            is_idle = lane.is_exhausted and monotonic - lane.idle_since >= _IDLE_SECONDS
+            if lane.is_leaving or lane.is_resting(now) or is_idle:
+                left.append(endpoint_id)
+        if left:
+            await self._ownership.release(left)
+            for endpoint_id in left:
+                self._drop(endpoint_id)
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    async def _load(self, endpoint_ids: list[str]) -> int:
+        loaded, broken = await load(self._stores.reads.fetch, endpoint_ids, self._ownership.worker_id, self._sealer)
+        for target, health in loaded:
+            lane = self.lanes.get(target.endpoint_id)
+            if lane is None:
+                self.lanes[target.endpoint_id] = Lane(target, health)
+            else:
+                lane.target, lane.health, lane.said_percent = target, health, health.warned_percent
+        for endpoint_id in broken:
+            self._drop(endpoint_id)
+        return len(loaded)
+
+    def _is_changed(self, row: Any) -> bool:
+        lane = self.lanes.get(row["endpoint_id"])
+        return lane is not None and lane.target.updated_at != row["updated_at"]
+
+    def _drop(self, endpoint_id: str) -> None:
+        lane = self.lanes.pop(endpoint_id, None)
+        if lane is not None:
+            lane.forget_buffer()
+            lane.is_left = True

@@ -29,7 +29,17 @@ from gateway.errors import (
 )
 from gateway.http1.asgi import serve_asgi
 from gateway.http1.request import HttpRequest
-from gateway.routes import billing, business_metrics, health, ledger, metrics, models, stripe_webhook, usage
+from gateway.routes import (
+    billing,
+    business_metrics,
+    health,
+    ledger,
+    metrics,
+    models,
+    stripe_webhook,
+    usage,
+    webhooks,
+)
 from gateway.routes.dependencies import provide_principal, provide_runtime
 from gateway.routes.openapi import WholeDocument
 from gateway.runtime import Runtime
@@ -61,7 +71,7 @@ def create_site(runtime: Runtime) -> Litestar:
     """Return the routes that are not hot."""
     hot = {path.decode(): endpoint for path, endpoint in runtime.hot.endpoints.items()}
     routes = [*models.ROUTES, *usage.ROUTES, *ledger.ROUTES, *billing.ROUTES, *business_metrics.ROUTES]
-    routes += [*health.ROUTES, *metrics.ROUTES]
+    routes += [*webhooks.ROUTES, *health.ROUTES, *metrics.ROUTES]
     # Without a signing secret anybody could tell us anything: there is no such route then.
     inbound = stripe_webhook.ROUTES if runtime.settings.stripe.webhook_secrets else ()
     return Litestar(

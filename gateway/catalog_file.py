@@ -10,11 +10,13 @@ import msgspec
 import structlog
 
 from core.configuration import ConfigurationFile, ConfigurationInvalid, Tables, unknown_names
+from core.egress import EgressPolicy
+from gateway.egress_file import build_policy
 from inference.catalog import Catalog, build
 from keys.limits import DefaultLimits
 from metering.billing.plans import Plans, build_plans
 
-_TABLES: Final = ("providers", "models", "limits", "plans", "billing")
+_TABLES: Final = ("providers", "models", "limits", "plans", "billing", "egress")
 _log = structlog.get_logger(__name__)
 
 
@@ -24,6 +26,7 @@ class Parsed(NamedTuple):
     catalog: Catalog
     limits: DefaultLimits
     plans: Plans
+    egress: EgressPolicy
 
 
 class CatalogFile:
@@ -32,14 +35,14 @@ class CatalogFile:
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         self._file = ConfigurationFile(path)
         self._environ = environ
-        self.catalog, self.limits, self.plans = parse(self._file.read(), environ)
+        self.catalog, self.limits, self.plans, self.egress = parse(self._file.read(), environ)
 
     def reload_if_changed(self) -> bool:
         """Take over a changed file; tell whether that was done. A faulty file changes nothing and is logged."""
         if not self._file.has_changed():
             return False
         try:
-            self.catalog, self.limits, self.plans = parse(self._file.read(), self._environ)
+            self.catalog, self.limits, self.plans, self.egress = parse(self._file.read(), self._environ)
         except ConfigurationInvalid as error:
             _log.error("configuration.refused", file=self._file.path.name, problems=error.problems)
             return False
@@ -61,6 +64,11 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> Parsed:
         plans = build_plans(tables)
     except ConfigurationInvalid as error:
         problems += error.problems
+    egress = EgressPolicy()
+    try:
+        egress = build_policy(tables)
+    except ConfigurationInvalid as error:
+        problems += error.problems
     try:
         catalog = build(tables, environ)
     except ConfigurationInvalid as error:
@@ -71,4 +79,4 @@ def parse(tables: Tables, environ: Mapping[str, str]) -> Parsed:
         problems += unknown_names(plan.prices, catalog.models, f"plans.{plan.name}.prices.")
     if problems:
         raise ConfigurationInvalid(problems)
-    return Parsed(catalog, limits, plans)
+    return Parsed(catalog, limits, plans, egress)

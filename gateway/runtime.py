@@ -32,6 +32,7 @@ from gateway.live import LiveRuns
 from gateway.metrics import CallMetrics
 from gateway.request_log import RequestLog
 from gateway.routes.reading import CONNECTIONS_MAX, Reading
+from gateway.webhook_parts import WebhookParts
 from inference.call import Inference
 from inference.exchange import Exchange
 from inference.metered import CallMeter
@@ -111,6 +112,7 @@ class Runtime:
             on_settled=self._report,
         )
         self.idempotency = _idempotency(settings, database, feed)
+        self.webhooks = WebhookParts(settings)
         self.billing = _billing(settings, database, self.clock, lambda: self.catalog_file.plans)
         self.hot = HotRoutes(
             settings=settings.edge,
@@ -279,7 +281,13 @@ async def _close_all(runtime: Runtime) -> None:
     if runtime.billing is not None:
         closers.append(runtime.billing.close)
     # Last: settlements may still be on their way to Redis.
-    closers += [runtime.feed.close, runtime.scripts.close, runtime.reading.close, runtime.database.close]
+    closers += [
+        runtime.webhooks.close,
+        runtime.feed.close,
+        runtime.scripts.close,
+        runtime.reading.close,
+        runtime.database.close,
+    ]
     for close in closers:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(5):

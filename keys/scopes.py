@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final, Literal, get_args
 
 InferenceScope = Literal["chat:write", "embeddings:write", "images:write", "audio:write", "models:read"]
-AdminScope = Literal["usage:read", "billing:manage"]
+AdminScope = Literal["usage:read", "billing:manage", "webhooks:manage"]
 OperatorScope = Literal["operator:read"]
 Scope = InferenceScope | AdminScope | OperatorScope
 INFERENCE_SCOPES: Final[tuple[InferenceScope, ...]] = get_args(InferenceScope)

@@ -77,6 +77,11 @@ class DeliveryDetails(msgspec.Struct, frozen=True, kw_only=True):
     """None: the event is kept no longer."""
     attempts: list[AttemptView]
 
+    @property
+    def event(self) -> dict[str, Any] | None:
+        """The event as it is sent."""
+        return None if self.body is None else msgspec.json.decode(self.body)
+
 
 async def list_deliveries(
     session: AsyncSession,

@@ -35,6 +35,7 @@ _COMMANDS: Final = {
     "prices": ("prices", "Show, set and import prices."),
     "stripe": ("stripe", "Put plans up for sale, report usage, and compare with Stripe."),
     "wallet": ("wallet", "Show and add prepaid credit."),
+    "webhooks": ("webhooks", "Manage webhook endpoints, look at deliveries, send again."),
     "metrics": ("metrics", "Show revenue, churn and activity by day."),
     "models": ("models", "List the models of the catalog and their deployments."),
     "import": ("models", "Convert another gateway's configuration."),

@@ -15,7 +15,7 @@ from keys.scopes import ALL_SCOPES
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("core", "keys", "webhooks", "metering", "inference", "gateway")
 # Routes that anybody may ask: they tell nothing of a tenant.
-OPEN_ROUTES = {"/livez", "/readyz", "/metrics", "/openapi.json"}
+OPEN_ROUTES = {"/livez", "/readyz", "/metrics", "/openapi.json", "/.well-known/webhook-keys.json"}
 # Who calls is said by a signature over the body, and without a secret for it there is no route.
 SIGNED_ROUTES = {"/v1/stripe/webhook"}
 # Who may open connections by themselves: the guard, and what is given a guarded client.

@@ -195,7 +195,7 @@ async def test_a_worker_that_is_killed_loses_its_endpoints_to_another(own: Own, 
     ids = await publish_many(own.database, [own.organization_id])
     await eventually(lambda: receiver.counts, 20)
     await first.kill()
-    async with worker(own.url, pace=Pace(lease_seconds=2.0, beat_seconds=0.2)):
+    async with worker(own.url, pace=Pace(lease_seconds=2.0, beat_seconds=0.2, drain_seconds=0.5)):
         ids += await publish_many(own.database, [own.organization_id])
         await eventually(lambda: receiver.counts.keys() == set(ids), 10)
 
@@ -217,7 +217,7 @@ async def test_a_worker_that_stops_leaves_at_once(own: Own, receiver: Sink) -> N
 async def test_two_workers_share_the_endpoints(own: Own, receiver: Sink) -> None:
     for number in range(12):
         await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
-    pace = Pace(beat_seconds=0.1)
+    pace = Pace(beat_seconds=0.1, drain_seconds=0.5)
     async with worker(own.url, pace=pace) as one:
         # Always something to do, so that no endpoint is left because it is idle.
         receiver.answers.update({f"/{number}": lambda _: None for number in range(12)})

@@ -114,8 +114,11 @@ class Runtime:
         self.idempotency = _idempotency(settings, database, feed)
         self.webhooks = WebhookParts(settings)
         self.billing = _billing(settings, database, self.clock, lambda: self.catalog_file.plans)
-        self.hot = HotRoutes(
-            settings=settings.edge,
+        self.hot = self._hot_routes()
+
+    def _hot_routes(self) -> HotRoutes:
+        return HotRoutes(
+            settings=self.settings.edge,
             authenticator=self.authenticator,
             inference=self.inference,
             admission=self.admission,

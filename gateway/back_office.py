@@ -13,7 +13,7 @@ from core.database import DOWN, Database
 from core.mail import Mailer, mailer_for
 from core.settings import Settings
 from gateway.plan_file import PlanFile
-from metering.billing import limit_mails, mailing, metrics
+from metering.billing import limit_mails, mailing, metrics, webhook_mails
 from metering.billing.plan_prices import PlanPrices
 
 _CONNECTIONS_MAX: Final = 3
@@ -47,8 +47,9 @@ class BackOffice:
         return await mailing.send_due(self._database, self._mailer)
 
     async def note_limits(self) -> int:
-        """Write down mails for thresholds that were crossed."""
-        return await limit_mails.note_limits(self._database)
+        """Write down mails for thresholds that were crossed, and for webhook endpoints that fail."""
+        count = await limit_mails.note_limits(self._database)
+        return count + await webhook_mails.note_webhooks(self._database)
 
     async def compute_metrics(self) -> int:
         """Compute yesterday's metrics, and what is missing or wrong of the weeks before."""

@@ -156,6 +156,24 @@ async def list_keys(session: AsyncSession, *, organization_id: OrganizationId) -
     return [_key(row, hint) for row, hint in rows]
 
 
+async def get_key(session: AsyncSession, key_id: KeyId, *, organization_id: OrganizationId) -> Key:
+    """Return a key with the hint of its newest secret. Errors: TenantNotFound."""
+    found = await session.execute(
+        select(KeyRow, KeySecretRow.hint)
+        .join(KeySecretRow, KeySecretRow.key_id == KeyRow.id)
+        .where(
+            KeyRow.organization_id == organization_id,
+            KeySecretRow.organization_id == organization_id,
+            KeyRow.id == key_id,
+        )
+        .order_by(KeySecretRow.id.desc())
+        .limit(1)
+    )
+    for row, hint in found:
+        return _key(row, hint)
+    raise TenantNotFound("key")
+
+
 async def find_key_owner(session: AsyncSession, key_id: KeyId) -> OrganizationId:
     """Return whose key this is, for an operator who names only the key. Errors: TenantNotFound."""
     owner = await session.scalar(select(KeyRow.organization_id).where(KeyRow.id == key_id))

@@ -39,6 +39,8 @@ from keys.tables import OrganizationRow
 from metering.billing.plans import Plans
 from metering.tables import AllowanceEventRow, LedgerEntryRow, SpendWindowRow, UsageIntentRow
 from metering.usage import UNIT_NAMES
+from webhooks.events import LimitThresholdReached
+from webhooks.publish import publish
 
 COUNTED_UNITS: Final[tuple[AllowanceUnit, ...]] = ("chat_requests", "tokens")
 """What the ledger can say of: for these Redis is told, put right and compared."""
@@ -170,10 +172,22 @@ def _crossed(allowance: Allowance, used: int, starts_at: datetime) -> list[dict[
 
 
 async def _note(session: AsyncSession, events: list[dict[str, Any]]) -> int:
+    """Write thresholds down, and have the organizations' webhooks tell of those that are new; return how many."""
     if not events:
         return 0
     statement = insert(AllowanceEventRow).values(events).on_conflict_do_nothing()
-    return len((await session.execute(statement.returning(AllowanceEventRow.unit))).all())
+    noted = (await session.scalars(statement.returning(AllowanceEventRow))).all()
+    for row in noted:
+        reached = LimitThresholdReached(
+            unit=row.unit,
+            threshold_percent=row.threshold_percent,
+            used=row.used,
+            limit=row.limit,
+            period_start=int(row.starts_at.timestamp()),
+            renews_at=int(month_of(row.starts_at)[1].timestamp()),
+        )
+        await publish(session, reached, organization_id=OrganizationId(row.organization_id))
+    return len(noted)
 
 
 def _sums(row: type[SpendWindowRow | LedgerEntryRow]) -> list[ColumnElement[Any]]:

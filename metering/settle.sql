@@ -97,5 +97,39 @@ WITH shared AS (
   FROM spent s JOIN budgets b ON b.id = s.budget_id CROSS JOIN (VALUES (50), (80), (100)) AS threshold (percent)
   WHERE s.spent_nano_usd::numeric * 100 >= b.limit_nano_usd::numeric * percent
   ON CONFLICT (budget_id, starts_at, threshold_percent) DO NOTHING
+  RETURNING *
+), listened AS (
+  -- Who wants to hear of every call: nearly always nobody, and then this is all that it costs.
+  SELECT DISTINCT w.organization_id FROM webhook_endpoints w
+  WHERE w.organization_id = ANY (ARRAY(SELECT DISTINCT organization_id FROM entered))
+    AND w.event_types @> ARRAY['chat.completed'] AND w.disabled_at IS NULL AND w.deleted_at IS NULL
+), chats AS (
+  -- Workers look for these by themselves, four times a second: a NOTIFY takes a lock that all commits of all gateways
+  -- would queue for.
+  INSERT INTO webhook_events (id, organization_id, type, data)
+  SELECT 'evt_' || substr(request_id, 5), organization_id, 'chat.completed', json_build_object(
+    'request_id', request_id, 'project_id', project_id, 'key_id', key_id, 'model', model, 'operation', operation,
+    'status', status, 'outcome', outcome, 'is_estimated', quality <> 'exact',
+    'input_tokens', input_tokens, 'cached_input_tokens', cached_input_tokens, 'output_tokens', output_tokens,
+    'reasoning_tokens', reasoning_tokens, 'charge_usd', trim_scale(charge_nano_usd::numeric / 1000000000)::text,
+    'started_at', extract(epoch FROM occurred_at)::int8, 'duration_ms', duration_ms
+  )
+  FROM entered JOIN listened USING (organization_id)
+  WHERE kind = 'usage' AND seq = 0 AND operation IN ('chat', 'text_completion')
+  ON CONFLICT (id) DO NOTHING
+), budgets_told AS (
+  -- An id like any other: the time of the latest of these calls, and what makes this threshold this one.
+  INSERT INTO webhook_events (id, organization_id, type, data)
+  SELECT
+    'evt_' || substr((SELECT max(request_id) FROM entered), 5, 10)
+      || substr(md5(t.budget_id || t.starts_at::text || t.threshold_percent::text), 1, 16),
+    t.organization_id, 'budget.threshold_reached', json_build_object(
+      'budget_id', t.budget_id, 'scope', b.scope, 'scope_id', b.scope_id, 'period', b.period,
+      'period_start', extract(epoch FROM t.starts_at)::int8, 'threshold_percent', t.threshold_percent,
+      'spent_usd', trim_scale(t.spent_nano_usd::numeric / 1000000000)::text,
+      'limit_usd', trim_scale(t.limit_nano_usd::numeric / 1000000000)::text, 'is_hard', b.is_hard
+    )
+  FROM told t JOIN budgets b ON b.id = t.budget_id
+  ON CONFLICT (id) DO NOTHING
 )
 SELECT count(*) FROM entered

@@ -32,6 +32,7 @@ from webhooks import housekeeping
 from webhooks.attempts import Sender
 from webhooks.dispatch import Dispatcher
 from webhooks.fan_out import BATCH_EVENTS, fan_out
+from webhooks.key_acts import tell_expiring
 from webhooks.lanes import Lane
 from webhooks.listening import listen
 from webhooks.outcomes import Recorded
@@ -58,6 +59,8 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     """How long each act rests between two rounds, and after one for which PostgreSQL was down."""
 
     poll_seconds: float = 1.0
+    spread_seconds: float = 0.25
+    """What is written with the group commit of calls is not announced."""
     round_seconds_min: float = 0.01
     """Who is woken more often than that goes on at this pace."""
     beat_seconds: float = 1.0
@@ -65,6 +68,7 @@ class Pace(msgspec.Struct, frozen=True, kw_only=True):
     tidy_seconds: float = 5.0
     measure_seconds: float = 10.0
     delete_seconds: float = 3_600.0
+    expiring_seconds: float = 300.0
     retry_seconds: float = 0.5
     drain_seconds: float = 20.0
 
@@ -114,11 +118,12 @@ class WebhookWorker:
         self._records.start()
         acts: tuple[tuple[Callable[[], Awaitable[Any]], asyncio.Event | None, float], ...] = (
             (self.beat, self._urgent, pace.beat_seconds),
-            (self.spread, self._events, pace.poll_seconds),
+            (self.spread, self._events, pace.spread_seconds),
             (self.look, self._due, pace.poll_seconds),
             (self.tidy, None, pace.tidy_seconds),
             (self.measure, None, pace.measure_seconds),
             (self.delete_old, None, pace.delete_seconds),
+            (self.tell_expiring, None, pace.expiring_seconds),
         )
         try:
             async with asyncio.TaskGroup() as group:
@@ -174,6 +179,10 @@ class WebhookWorker:
         """Delete what is kept no longer."""
         await self._ownership.forget()
         return await housekeeping.delete_old(self._database, self._clock.now(), self._retention)
+
+    async def tell_expiring(self) -> int:
+        """Tell of API keys that end within a week."""
+        return await tell_expiring(self._database, self._clock.now())
 
     def _hear(self, message: str) -> None:
         # With an endpoint's id: it was changed. Without: something happened, or became due.

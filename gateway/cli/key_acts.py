@@ -15,6 +15,7 @@ from keys.errors import TenantNotFound
 from keys.lifecycle import IssuedKey, Key, NewKey
 from keys.lookup import FoundKey
 from keys.revocation import KeyChange, Propagation, announce
+from webhooks import key_acts as webhook_keys
 
 
 class Issued(msgspec.Struct, frozen=True):
@@ -33,7 +34,7 @@ def create(new: NewKey, *, org: str | None, project: str | None) -> Issued:
         project_id = await _chosen_project(stores, project, organization_id)
 
         async def make(session: AsyncSession) -> IssuedKey:
-            return await lifecycle.create_key(
+            return await webhook_keys.create_key(
                 session, new, organization_id=organization_id, project_id=project_id, pepper=stores.peppers[0]
             )
 
@@ -81,7 +82,7 @@ def rotate(key_id: str, grace: timedelta) -> Issued:
         organization_id = await _owner(stores, key_id)
 
         async def make(session: AsyncSession) -> IssuedKey:
-            return await lifecycle.rotate_key(
+            return await webhook_keys.rotate_key(
                 session,
                 KeyId(key_id),
                 organization_id=organization_id,
@@ -95,14 +96,14 @@ def rotate(key_id: str, grace: timedelta) -> Issued:
     return on_stores(act)
 
 
-def revoke(key_id: str) -> Propagation:
-    """End a key; return which gateways know of it."""
+def revoke(key_id: str, found_at: str | None = None) -> Propagation:
+    """End a key; return which gateways know of it. *found_at* is where its secret was found, if it was."""
 
     async def act(stores: Stores) -> Propagation:
         organization_id = await _owner(stores, key_id)
         async with stores.database.transaction() as session:
-            change = await lifecycle.revoke_key(
-                session, KeyId(key_id), organization_id=organization_id, now=datetime.now(UTC)
+            change = await webhook_keys.revoke_key(
+                session, KeyId(key_id), organization_id=organization_id, now=datetime.now(UTC), found_at=found_at
             )
         return await announce(
             stores.redis, KeyChange(sequence=change, organization_id=organization_id, key_id=KeyId(key_id))

@@ -123,12 +123,13 @@ def rotate_key(key_id: str, grace_hours: float, as_json: bool) -> None:
 
 @keys_command.command("revoke")
 @click.argument("key_id")
+@click.option("--leaked", "found_at", help="Where its secret was found: told to the organization's webhooks.")
 @json_option
-def revoke_key(key_id: str, as_json: bool) -> None:
+def revoke_key(key_id: str, found_at: str | None, as_json: bool) -> None:
     """End a key at once, everywhere. Exit code 1 when a gateway has not confirmed it in time."""
     from gateway.cli import key_acts
 
-    propagation = key_acts.revoke(key_id)
+    propagation = key_acts.revoke(key_id, found_at)
     if as_json:
         print_json({"id": key_id, "revoked": True, "propagation": propagation})
     else:

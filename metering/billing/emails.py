@@ -15,7 +15,9 @@ from core.ids import OrganizationId, new_id
 from metering.billing.stripe_objects import Invoice, Subscription
 from metering.billing.tables import EmailRow
 
-EmailKind = Literal["payment_failed", "payment_recovered", "top_up_failed", "limit_near", "trial_ending"]
+EmailKind = Literal[
+    "payment_failed", "payment_recovered", "top_up_failed", "limit_near", "trial_ending", "webhook_failing"
+]
 
 
 async def note(
@@ -31,8 +33,11 @@ async def note(
     return made is not None
 
 
-async def note_invoice(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> None:
-    """Tell of a payment that failed, once an invoice; and of its success, if the failure was told."""
+async def note_invoice(session: AsyncSession, invoice: Invoice, *, organization_id: OrganizationId) -> bool:
+    """Tell of a payment that failed, once an invoice; and of its success, if the failure was told.
+
+    Returns whether it is news that it failed.
+    """
     facts: dict[str, object] = {
         "invoice": invoice.number or invoice.id,
         "due_cents": invoice.due_cents,
@@ -40,9 +45,10 @@ async def note_invoice(session: AsyncSession, invoice: Invoice, *, organization_
         "page_url": invoice.page_url,
     }
     if invoice.status == "open" and invoice.attempts:
-        await note(session, "payment_failed", invoice.id, facts, organization_id=organization_id)
-    elif invoice.status == "paid" and await _was_noted(session, invoice.id, organization_id=organization_id):
+        return await note(session, "payment_failed", invoice.id, facts, organization_id=organization_id)
+    if invoice.status == "paid" and await _was_noted(session, invoice.id, organization_id=organization_id):
         await note(session, "payment_recovered", invoice.id, facts, organization_id=organization_id)
+    return False
 
 
 async def note_trial_end(session: AsyncSession, subscription: Subscription, *, organization_id: OrganizationId) -> None:

@@ -72,6 +72,26 @@ class BudgetFacts(msgspec.Struct, frozen=True, kw_only=True, tag_field="what", t
     is_hard: bool
 
 
+class FailingFacts(msgspec.Struct, frozen=True, kw_only=True, tag_field="what", tag="failing"):
+    """Of a webhook endpoint that takes nothing; times are Unix seconds."""
+
+    endpoint_id: str
+    host: str
+    description: str
+    failing_since: int
+    disabled_after: int
+    problem: str
+
+
+class DisabledFacts(msgspec.Struct, frozen=True, kw_only=True, tag_field="what", tag="disabled"):
+    """Of a webhook endpoint that was disabled because it took nothing, or said that it is gone."""
+
+    endpoint_id: str
+    host: str
+    description: str
+    reason: str
+
+
 def text_of(kind: str, facts: object, organization: str) -> Text:
     """Return what a mail says to *organization*, by its name. Errors: FactsUnreadable."""
     known = _TEXTS.get(kind)
@@ -150,12 +170,31 @@ def _budget(facts: BudgetFacts, organization: str) -> Text:
     )
 
 
+def _webhook(facts: FailingFacts | DisabledFacts, organization: str) -> Text:
+    name = f"{facts.endpoint_id} at {one_line(facts.host)}"
+    name += f' ("{one_line(facts.description)}")' if facts.description else ""
+    if isinstance(facts, FailingFacts):
+        since, until = (_time(datetime.fromtimestamp(at, UTC)) for at in (facts.failing_since, facts.disabled_after))
+        return Text(
+            f"A webhook endpoint of {organization} is failing",
+            f"the webhook endpoint {name} has taken nothing since\n{since}: {one_line(facts.problem)}.\n"
+            f"It is tried again and again. If it has taken nothing until {until}, it is disabled.",
+        )
+    why = "it answered that it is gone (410)" if facts.reason == "gone" else "it has taken nothing for five days"
+    return Text(
+        f"A webhook endpoint of {organization} was disabled",
+        f"the webhook endpoint {name} was disabled, because\n{why}. Once it is well, enable it again;\n"
+        "what it missed can be sent then, for 14 days.",
+    )
+
+
 _TEXTS: Final[dict[str, tuple[Any, Callable[[Any, str], Text]]]] = {
     "payment_failed": (InvoiceFacts, _payment_failed),
     "payment_recovered": (InvoiceFacts, _payment_recovered),
     "top_up_failed": (TopUpFacts, _top_up_failed),
     "trial_ending": (TrialFacts, _trial_ending),
     "limit_near": (AllowanceFacts | BudgetFacts, _limit_near),
+    "webhook_failing": (FailingFacts | DisabledFacts, _webhook),
 }
 
 

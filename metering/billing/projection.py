@@ -9,21 +9,21 @@ from sqlalchemy import select, update
 from sqlalchemy.dialects.postgresql import Range
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from core.ids import OrganizationId, new_id
+from core.ids import OrganizationId
 from keys import tenants
-from metering.billing import emails, prepaid
-from metering.billing.account_status import ENDED, PAYING, settle_account_status
+from metering.billing import emails, news, prepaid
+from metering.billing.account_status import ENDED, settle_account_status
 from metering.billing.catalog_ids import meter_ids
 from metering.billing.meters import USAGE, Meter
 from metering.billing.outbox import request_flush
 from metering.billing.ownership import lock_account, owner_of_customer
 from metering.billing.planning import open_cursors
 from metering.billing.plans import Plan, Plans
+from metering.billing.revenue import keep_revenue
 from metering.billing.stripe_objects import Invoice, Subscription, UsageLine
 from metering.billing.tables import (
     BillingPeriodRow,
     InvoiceRow,
-    SubscriptionChangeRow,
     SubscriptionRow,
 )
 
@@ -58,7 +58,7 @@ async def keep_subscription(
         session.add(row)
     elif row.read_at >= read_at or row.organization_id != organization_id:
         return organization_id
-    before = (row.status, row.plan)
+    before, told_before = (row.status, row.plan), news.shown(row)
     _fill(row, subscription, read_at, now)
     await _keep_usage_item(session, row, subscription, plans, had_plan=before[1])
     await session.flush()
@@ -66,7 +66,7 @@ async def keep_subscription(
         await _keep_period(session, row, now, organization_id=organization_id)
     if row.usage_item_id is not None:
         await open_cursors(session, meters, organization_id=organization_id)
-    await _keep_revenue(session, row, now, organization_id=organization_id)
+    await keep_revenue(session, row, now, organization_id=organization_id)
     if row.status in ENDED and before[0] not in ENDED:
         await request_flush(session, now, organization_id=organization_id)
     # Whoever gives a plan locks the organization, and then key changes; the gate takes the budgets' lock, which is in
@@ -79,6 +79,7 @@ async def keep_subscription(
     if before != (row.status, row.plan):
         # Only then: what an operator has given since stays.
         await settle_account_status(session, plans, now, organization_id=organization_id)
+    await news.tell_subscription(session, row, told_before, organization_id=organization_id)
     return organization_id
 
 
@@ -216,39 +217,6 @@ async def _end_earlier(
     )
 
 
-async def _keep_revenue(
-    session: AsyncSession, row: SubscriptionRow, now: datetime, *, organization_id: OrganizationId
-) -> None:
-    """Write down what recurs a month, if that has changed."""
-    mrr_cents = row.price_cents_per_month if row.status in PAYING else 0
-    last = await session.scalar(
-        select(SubscriptionChangeRow)
-        .where(
-            SubscriptionChangeRow.organization_id == organization_id, SubscriptionChangeRow.subscription_id == row.id
-        )
-        .order_by(SubscriptionChangeRow.id.desc())
-        .limit(1)
-    )
-    if last is not None and (last.plan, last.status, last.mrr_cents) == (row.plan, row.status, mrr_cents):
-        return
-    occurred_at = now
-    if last is None:
-        occurred_at = row.started_at
-    elif row.ended_at is not None:
-        occurred_at = row.ended_at
-    session.add(
-        SubscriptionChangeRow(
-            id=new_id("sch"),
-            organization_id=organization_id,
-            subscription_id=row.id,
-            plan=row.plan,
-            status=row.status,
-            mrr_cents=mrr_cents,
-            occurred_at=occurred_at,
-        )
-    )
-
-
 async def keep_invoice(
     session: AsyncSession, invoice: Invoice, *, read_at: datetime, now: datetime
 ) -> OrganizationId | None:
@@ -268,6 +236,7 @@ async def keep_invoice(
         session.add(row)
     elif row.read_at >= read_at:
         return organization_id
+    was_paid = row.status == "paid"
     row.subscription_id, row.number, row.status = invoice.subscription_id, invoice.number, invoice.status
     row.currency, row.issued_at, row.read_at = invoice.currency, invoice.issued_at, read_at
     row.total_cents, row.paid_cents, row.due_cents = invoice.total_cents, invoice.paid_cents, invoice.due_cents
@@ -282,7 +251,15 @@ async def keep_invoice(
         await request_flush(session, now, organization_id=organization_id)
     elif usage is not None and invoice.status in _FINAL and invoice.subscription_id is not None:
         await _close_period(session, invoice.subscription_id, usage, organization_id=organization_id)
-    await emails.note_invoice(session, invoice, organization_id=organization_id)
+    is_newly_failed = await emails.note_invoice(session, invoice, organization_id=organization_id)
+    is_newly_paid = invoice.status == "paid" and not was_paid
+    await news.tell_invoice(
+        session,
+        invoice,
+        is_newly_paid=is_newly_paid,
+        is_newly_failed=is_newly_failed,
+        organization_id=organization_id,
+    )
     return organization_id
 
 

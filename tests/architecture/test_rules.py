@@ -26,6 +26,7 @@ UNSCOPED_QUERIES = {
     ("keys/lifecycle.py", "find_key_owner"): "an operator names only the key",
     ("keys/revocation.py", "_poll"): "gateways follow every organization's changes",
     ("keys/revocation.py", "_newest"): "gateways follow every organization's changes",
+    ("webhooks/key_acts.py", "_ending_keys"): "a worker tells of every organization's",
     ("metering/adjustments.py", "_usage"): "an operator names only the call",
     ("metering/allowances.py", "used_of"): "a worker puts right every organization's",
     ("metering/allowances.py", "ended"): "a worker puts right every organization's",
@@ -35,6 +36,7 @@ UNSCOPED_QUERIES = {
     ("metering/billing/limit_mails.py", "_note_allowances"): "a worker writes every organization's mails",
     ("metering/billing/limit_mails.py", "_note_budgets"): "a worker writes every organization's mails",
     ("metering/billing/metric_queries.py", "activity_on"): "the operator's business is all organizations",
+    ("metering/billing/webhook_mails.py", "_note"): "a worker writes every organization's mails",
     ("metering/caps.py", "budget_pages"): "a worker puts right every organization's",
     ("metering/reconcile.py", "_read_known"): "a worker puts right every organization's",
     ("metering/prices.py", "missing_prices"): "the operator is shown every organization's models",
@@ -114,6 +116,16 @@ def test_requests_go_out_through_the_egress_guard() -> None:
         name for name in HTTPX_IMPORTERS if re.search(r"\bAsyncClient\(|\bhttpx\.Client\(", (ROOT / name).read_text())
     }
     assert made == {"core/http.py"}
+
+
+def test_what_is_done_to_keys_is_told() -> None:
+    """Guarantee: above `webhooks`, keys are made, rotated and revoked by way of what tells the organization's webhooks.
+
+    The first start makes a key before there is anybody to tell.
+    """
+    acts = re.compile(r"lifecycle\.(create|rotate|revoke)_key|import.*\b(create|rotate|revoke)_key\b")
+    doers = {str(path.relative_to(ROOT)) for path in modules() if acts.search(path.read_text())}
+    assert doers == {"webhooks/key_acts.py", "gateway/first_run.py"}
 
 
 def test_stripe_has_one_door() -> None:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 export PYTHONDONTWRITEBYTECODE ?=
 
-.PHONY: help setup setup-dev serve test check format bench bench-peers migrate revision lock
+.PHONY: help setup setup-dev serve test check format bench bench-peers bench-webhooks migrate revision lock
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ format: setup-dev ## Format the code, and mend what lint can mend
 
 bench: setup-dev ## Measure this gateway beside a bare relay and the provider itself
 	@$(BIN)/python -m bench
+
+bench-webhooks: setup-dev ## Measure how fast webhooks are delivered, and beside hostile endpoints
+	@$(BIN)/python -m bench.webhooks
 
 bench-peers: setup-dev ## Measure LiteLLM, TensorZero and Portkey beside this gateway
 	@$(BIN)/python -m bench.peers

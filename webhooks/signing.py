@@ -69,7 +69,8 @@ def parse_secret(text: str) -> bytes:
         secret = b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
         secret = b""
-    if not text.startswith(SECRET_PREFIX) or len(secret) not in _SECRET_BYTES_RANGE:
+    # Python takes surplus padding for none.
+    if secret_text(secret) != text or len(secret) not in _SECRET_BYTES_RANGE:
         raise ValueError("expected whsec_ and 24 to 64 bytes in base64")
     return secret
 

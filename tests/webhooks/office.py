@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import asyncpg
-import httpx2
+import httpx
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from core.database import Database
@@ -58,9 +58,9 @@ class Office:
     def __init__(self, place: Place, organization_id: OrganizationId, key: str) -> None:
         self.place, self.organization_id = place, organization_id
         headers = {"authorization": f"Bearer {key}"}
-        self.client = httpx2.AsyncClient(base_url=place.gateway.url, headers=headers, timeout=20)
+        self.client = httpx.AsyncClient(base_url=place.gateway.url, headers=headers, timeout=20)
 
-    async def call(self, method: str, path: str, body: Any = None, **query: Any) -> httpx2.Response:
+    async def call(self, method: str, path: str, body: Any = None, **query: Any) -> httpx.Response:
         return await self.client.request(method, path, json=body, params=query)
 
     async def get(self, path: str, **query: Any) -> Any:
@@ -113,7 +113,7 @@ class Office:
         return await eventually(found)
 
 
-def refusal(answer: httpx2.Response) -> Refusal:
+def refusal(answer: httpx.Response) -> Refusal:
     error = answer.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}, answer.text
     return Refusal(answer.status_code, error["code"], error["param"])

@@ -206,7 +206,7 @@ async def test_a_worker_that_stops_leaves_at_once(own: Own, receiver: Sink) -> N
         ids = await publish_many(own.database, [own.organization_id])
         await eventually(lambda: receiver.counts)
     async with own.database.transaction() as session:
-        assert await fetch(session, "SELECT FROM webhook_workers") == []
+        assert await fetch(session, "SELECT worker_id FROM webhook_workers") == []
         rows = await fetch(session, "SELECT worker_id FROM webhook_endpoints")
     assert [row.worker_id for row in rows] == [None]
     async with worker(own.url):

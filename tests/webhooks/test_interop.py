@@ -231,7 +231,7 @@ async def test_an_old_attempt_is_refused_and_a_later_one_of_the_same_event_is_ta
 
 async def _due_again(own: Own) -> list[Any]:
     async with own.database.transaction() as session:
-        return await fetch(session, "SELECT FROM webhook_deliveries WHERE step = 1 AND state = 'pending'")
+        return await fetch(session, "SELECT id FROM webhook_deliveries WHERE step = 1 AND state = 'pending'")
 
 
 async def test_during_a_rotation_both_secrets_verify_and_then_the_new_one_alone(

@@ -36,13 +36,10 @@ def status(as_json: bool) -> None:
         print_json(found)
         return
     now = found.status
-    click.echo(
-        f"{now.workers} workers. {now.enabled} endpoints, {now.failing} of them failing; {now.disabled} disabled."
-    )
-    oldest = f", the oldest since {now.oldest_due_at:%Y-%m-%d %H:%M:%S}" if now.oldest_due_at else ""
-    click.echo(
-        f"{now.pending} deliveries pending, {now.due} due{oldest}; {now.events_waiting} events to be fanned out."
-    )
+    click.echo(f"workers: {now.workers}")
+    click.echo(f"endpoints: {now.enabled} enabled, {now.failing} of them failing; {now.disabled} disabled")
+    oldest = f", the oldest since {now.oldest_due_at:%Y-%m-%d %H:%M:%S} UTC" if now.oldest_due_at else ""
+    click.echo(f"deliveries: {now.pending} pending, {now.due} due{oldest}; events not yet looked at: {now.events_waiting}")
     if found.troubled:
         show(found.troubled, _TROUBLED_COLUMNS, as_json=False, empty="")
 

@@ -39,7 +39,7 @@ def status(as_json: bool) -> None:
     click.echo(f"workers: {now.workers}")
     click.echo(f"endpoints: {now.enabled} enabled, {now.failing} of them failing; {now.disabled} disabled")
     oldest = f", the oldest since {now.oldest_due_at:%Y-%m-%d %H:%M:%S} UTC" if now.oldest_due_at else ""
-    click.echo(f"deliveries: {now.pending} pending, {now.due} due{oldest}; events not yet looked at: {now.events_waiting}")
+    click.echo(f"deliveries: {now.pending} pending, {now.due} due{oldest}; {now.events_waiting} events waiting")
     if found.troubled:
         show(found.troubled, _TROUBLED_COLUMNS, as_json=False, empty="")
 

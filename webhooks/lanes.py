@@ -66,6 +66,11 @@ class Lane:
             return True
         return self.health.resting_until is not None and self.health.resting_until > now
 
+    def rest_seconds(self, now: datetime) -> float | None:
+        """Return how much longer it rests."""
+        until = self.health.resting_until
+        return (until - now).total_seconds() if until is not None and until > now else None
+
     def seconds_until_next(self, monotonic: float) -> float:
         """Return how long the next one must wait, so that there are not more a second than its owner wants."""
         return max(self._next_at - monotonic, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final, NamedTuple
 
 from core.ids import new_id
@@ -17,9 +17,10 @@ _RECORD: Final = """
 WITH made AS (
   SELECT * FROM unnest(
     $1::text[], $2::text[], $3::text[], $4::int2[], $5::text[], $6::int4[], $7::bytea[], $8::timestamptz[], $9::text[],
-    $10::timestamptz[], $11::int2[]
+    $10::float8[], $11::int2[]
   ) AS m (
-    id, delivery_id, organization_id, status, problem, duration_ms, response_body, started_at, state, due_at, step
+    id, delivery_id, organization_id, status, problem, duration_ms, response_body, started_at, state, pause_seconds,
+    step
   )
 ), kept AS (
   INSERT INTO webhook_attempts (
@@ -31,8 +32,9 @@ WITH made AS (
   RETURNING delivery_id, id
 )
 UPDATE webhook_deliveries d SET
-  state = m.state, step = m.step, attempts = d.attempts + 1, due_at = m.due_at, last_status = m.status,
-  last_problem = m.problem, finished_at = CASE WHEN m.state <> 'pending' THEN now() END
+  state = m.state, step = m.step, attempts = d.attempts + 1, last_status = m.status, last_problem = m.problem,
+  due_at = now() + make_interval(secs => m.pause_seconds),
+  finished_at = CASE WHEN m.state <> 'pending' THEN now() END
 FROM kept JOIN made m USING (delivery_id, id)
 WHERE d.id = kept.delivery_id AND (d.state = 'pending' OR m.state = 'succeeded')
 """
@@ -59,19 +61,19 @@ class Recorded(NamedTuple):
     due: Due
     outcome: Outcome
     state: str
-    due_at: datetime
+    pause_seconds: float
+    """Until the next attempt, counted on PostgreSQL's clock from when this is written."""
     step: int
 
 
-def conclude(due: Due, outcome: Outcome, now: datetime) -> Recorded:
+def conclude(due: Due, outcome: Outcome) -> Recorded:
     """Return what an attempt means for its delivery: done, another time, or given up."""
     step = due.step + 1
-    state, due_at = "succeeded", now
+    state, pause = "succeeded", None
     if outcome.problem is not None:
         pause = pause_after(step, retry_after_seconds=outcome.retry_after_seconds)
         state = "failed" if pause is None or outcome.status == 410 else "pending"
-        due_at = now + timedelta(seconds=pause or 0.0)
-    return Recorded(new_id("wat"), due, outcome, state, due_at, step)
+    return Recorded(new_id("wat"), due, outcome, state, pause or 0.0, step)
 
 
 async def record(fetch: Fetch, recorded: list[Recorded]) -> None:
@@ -87,6 +89,6 @@ async def record(fetch: Fetch, recorded: list[Recorded]) -> None:
         [one.outcome.response_body for one in recorded],
         [one.outcome.started_at for one in recorded],
         [one.state for one in recorded],
-        [one.due_at for one in recorded],
+        [one.pause_seconds for one in recorded],
         [one.step for one in recorded],
     )

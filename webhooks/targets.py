@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
 import structlog
 
+from core.clock import Clock
 from core.sealing import SealBroken, Sealer
 from webhooks.health import Health
 from webhooks.vault import open_headers, secret_place
@@ -17,7 +18,7 @@ Fetch = Callable[..., Awaitable[list[Any]]]
 # How an endpoint is doing is loaded where it is taken over, and from then on its worker's alone to say.
 _LOAD: Final = """
 SELECT e.id, e.organization_id, e.url, e.sealed_headers, e.requests_per_second, e.updated_at, e.failing_since,
-  e.consecutive_failures, e.warned_percent, e.resting_until,
+  e.consecutive_failures, e.warned_percent, extract(epoch FROM e.resting_until - now())::float8 AS rest_seconds,
   array_agg(s.id ORDER BY s.id DESC) AS secret_ids, array_agg(s.sealed ORDER BY s.id DESC) AS sealed_secrets,
   array_agg(s.not_after ORDER BY s.id DESC) AS ends
 FROM webhook_endpoints e JOIN webhook_secrets s ON s.endpoint_id = e.id
@@ -49,7 +50,7 @@ class Target(msgspec.Struct, frozen=True):
 
 
 async def load(
-    fetch: Fetch, endpoint_ids: list[str], worker_id: str, sealer: Sealer
+    fetch: Fetch, endpoint_ids: list[str], worker_id: str, sealer: Sealer, clock: Clock
 ) -> tuple[list[tuple[Target, Health]], list[str]]:
     """Return endpoints of the worker's that may be sent to, and the ids of those whose secrets cannot be opened."""
     loaded: list[tuple[Target, Health]] = []
@@ -66,10 +67,15 @@ async def load(
             failing_since=row["failing_since"],
             consecutive_failures=row["consecutive_failures"],
             warned_percent=row["warned_percent"],
-            resting_until=row["resting_until"],
+            resting_until=_rest_end(row["rest_seconds"], clock),
         )
         loaded.append((target, health))
     return loaded, broken
+
+
+def _rest_end(seconds: float | None, clock: Clock) -> datetime | None:
+    """Return when a rest ends by this worker's clock: it is kept by PostgreSQL's, which all workers share."""
+    return clock.now() + timedelta(seconds=seconds) if seconds is not None and seconds > 0 else None
 
 
 def _target(row: Any, sealer: Sealer) -> Target:

@@ -38,15 +38,16 @@ WHERE id = ANY ($1::text[]) AND worker_id = $2 AND disabled_at IS NULL AND delet
 """
 _SAVE: Final = """
 UPDATE webhook_endpoints e SET
-  failing_since = s.failing_since, consecutive_failures = s.consecutive_failures, resting_until = s.resting_until,
+  failing_since = s.failing_since, consecutive_failures = s.consecutive_failures,
+  resting_until = now() + make_interval(secs => s.rest_seconds),
   warned_percent = least(e.warned_percent, s.warned_percent),
   last_success_at = coalesce(s.last_success_at, e.last_success_at),
   last_problem = coalesce(s.last_problem, e.last_problem)
 FROM unnest(
-  $1::text[], $2::timestamptz[], $3::timestamptz[], $4::int4[], $5::timestamptz[], $6::int2[], $7::timestamptz[],
+  $1::text[], $2::timestamptz[], $3::timestamptz[], $4::int4[], $5::float8[], $6::int2[], $7::timestamptz[],
   $8::text[]
 ) AS s (
-  id, updated_at, failing_since, consecutive_failures, resting_until, warned_percent, last_success_at, last_problem
+  id, updated_at, failing_since, consecutive_failures, rest_seconds, warned_percent, last_success_at, last_problem
 )
 WHERE e.id = s.id AND e.updated_at = s.updated_at AND e.worker_id = $9
 """
@@ -149,6 +150,7 @@ class Workload:
         lanes = [lane for lane in self.lanes.values() if lane.is_unsaved]
         if not lanes:
             return
+        now = self._clock.now()
         for lane in lanes:
             lane.is_unsaved = False
         try:
@@ -158,7 +160,7 @@ class Workload:
                 [lane.target.updated_at for lane in lanes],
                 [lane.health.failing_since for lane in lanes],
                 [lane.health.consecutive_failures for lane in lanes],
-                [lane.health.resting_until for lane in lanes],
+                [lane.rest_seconds(now) for lane in lanes],
                 [lane.health.warned_percent for lane in lanes],
                 [lane.last_success_at for lane in lanes],
                 [lane.last_problem for lane in lanes],
@@ -195,7 +197,9 @@ class Workload:
         return len(self.lanes)
 
     async def _load(self, endpoint_ids: list[str]) -> int:
-        loaded, broken = await load(self._stores.reads.fetch, endpoint_ids, self._ownership.worker_id, self._sealer)
+        loaded, broken = await load(
+            self._stores.reads.fetch, endpoint_ids, self._ownership.worker_id, self._sealer, self._clock
+        )
         for target, health in loaded:
             lane = self.lanes.get(target.endpoint_id)
             if lane is None:

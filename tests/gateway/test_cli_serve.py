@@ -95,7 +95,7 @@ async def test_ctrl_c_with_an_open_stream_says_what_it_waits_for_and_a_second_on
 async def test_a_worker_that_is_told_to_stop_stops_in_order(
     workdir: Path, stores: TestStores, number: signal.Signals
 ) -> None:
-    """Guarantee: the signal reaches the worker itself: nothing is left behind, and its exit code is the command's."""
+    """Guarantee: the worker ends in order, nothing is left behind, and the command's exit code says so."""
     process = await command(workdir, "worker", **stores.environ())
     assert process.stderr is not None
     while b"worker.started" not in (line := await asyncio.wait_for(process.stderr.readline(), 30)):
@@ -104,3 +104,31 @@ async def test_a_worker_that_is_told_to_stop_stops_in_order(
     _, log = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0
     assert b"worker.stopped" in log
+
+
+async def test_with_a_sealing_key_a_worker_delivers_webhooks_too_and_is_started_again(
+    workdir: Path, stores: TestStores
+) -> None:
+    process = await command(workdir, "worker", **stores.environ(), AAP_SEALING_KEYS=f"k1:{'ab' * 32}")
+    stderr = process.stderr
+    assert stderr is not None
+    seen: list[bytes] = []
+
+    async def until_said(word: bytes, count: int = 1) -> None:
+        while sum(word in line for line in seen) < count:
+            seen.append(await asyncio.wait_for(stderr.readline(), 30))
+            assert seen[-1]
+
+    await until_said(b"worker.started")
+    await until_said(b"webhooks.started")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    (deliverer,) = [
+        int(one) for one in children if b"gateway.webhook_worker" in Path(f"/proc/{one}/cmdline").read_bytes()
+    ]
+    os.kill(deliverer, signal.SIGKILL)
+    await until_said(b"webhooks.started", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    _, log = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0
+    assert b"webhooks.stopped" in b"".join(seen) + log

@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import structlog
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from core.database import DOWN, Database
-from core.errors import Unavailable
+from core.errors import Invalid, Unavailable
 from core.ids import OrganizationId
 from core.sealing import SealBroken, Sealer
 from core.settings import Settings
@@ -73,12 +74,20 @@ class WebhookParts:
     async def acting(self, organization_id: OrganizationId) -> AsyncGenerator[AsyncSession]:
         """Open a transaction in a place of the organization's.
 
-        Errors: ShareTaken, PlacesTaken, WebhooksUnavailable, SecretUnreadable.
+        Errors: WebhooksNotConfigured, ShareTaken, PlacesTaken, WebhooksUnavailable, SecretUnreadable; Invalid for a
+        text with the character NUL, which PostgreSQL knows none of.
         """
+        if self._sealer is None:
+            raise WebhooksNotConfigured
         async with self._places.taken(organization_id):
             try:
                 async with self._database.transaction() as session:
                     yield session
+            except DBAPIError as error:
+                if "0x00" in str(error.orig):
+                    raise Invalid("A text holds the character NUL.") from None
+                _log.warning("webhooks.unavailable", exc_info=error)
+                raise WebhooksUnavailable from error
             except DOWN as error:
                 _log.warning("webhooks.unavailable", exc_info=error)
                 raise WebhooksUnavailable from error

@@ -33,8 +33,12 @@ _RELOAD_SECONDS: Final = 0.5
 _log = structlog.get_logger(__name__)
 
 
+class WorkerBroken(Exception):
+    """A part of the worker has ended by itself."""
+
+
 async def deliver(settings: Settings) -> None:
-    """Deliver until SIGTERM or SIGINT. A store down: tried again by itself."""
+    """Deliver until SIGTERM or SIGINT. A store down: tried again by itself. Errors: WorkerBroken."""
     assert settings.database_url is not None
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -58,12 +62,19 @@ async def deliver(settings: Settings) -> None:
     acts = (worker.run(), egress.keep_reading(_RELOAD_SECONDS), metrics.keep_saving(_METRICS_SECONDS))
     tasks = [asyncio.create_task(act) for act in acts]
     _log.info("webhooks.started")
+    for task in tasks:
+        # None ends before it is told to, but for a fault of ours.
+        task.add_done_callback(lambda _: stop.set())
     await stop.wait()
+    broken = [task for task in tasks if task.done()]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     metrics.save()
     await client.close()
+    if broken:
+        # Half of it working is worse than none: the supervisor starts the whole again.
+        raise WorkerBroken from broken[0].exception()
     _log.info("webhooks.stopped")
 
 

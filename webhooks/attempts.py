@@ -58,6 +58,8 @@ class Outcome(NamedTuple):
     response_body: bytes | None
     retry_after_seconds: float | None
     started_at: datetime
+    is_ours: bool = False
+    """Whether it failed for a reason of our own: that says nothing of the endpoint, and uses up no attempt."""
 
 
 class Sender:

@@ -22,7 +22,9 @@ from webhooks.outcomes import Due, Recorded, conclude
 from webhooks.stats import DeliveryStats
 
 ORGANIZATION_MAX: Final = 64
-PROCESS_MAX: Final = 512
+PROCESS_MAX: Final = 2_048
+# So many of an organization find room, however much others have under way.
+_ALWAYS_ADMITTED: Final = 4
 _log = structlog.get_logger(__name__)
 
 
@@ -37,8 +39,12 @@ class Dispatcher:
         *,
         stats: DeliveryStats,
         done: Callable[[Lane, Recorded], None],
+        may_begin: Callable[[], bool],
     ) -> None:
-        """*done* is called with every attempt that has ended, once its lane has taken note of it."""
+        """*done* is called with every attempt that has ended, once its lane has taken note of it.
+
+        *may_begin* tells whether attempts may be begun at all.
+        """
         self._sender = sender
         self._policy = policy
         self._clock = clock
@@ -48,9 +54,9 @@ class Dispatcher:
         self._by_organization: Counter[str] = Counter()
         self._held: dict[str, deque[Lane]] = {}
         """Lanes that have something to send, and no room beside what their organization or the process has."""
-        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.may_begin: Callable[[], bool] = lambda: True
+        self._may_begin = may_begin
+        self._is_closing = False
 
     @property
     def in_flight(self) -> int:
@@ -61,7 +67,7 @@ class Dispatcher:
         """Send as much of what *lane* holds as there is room for."""
         while self._is_ready(lane):
             organization_id = lane.target.organization_id
-            if len(self._tasks) >= PROCESS_MAX or self._by_organization[organization_id] >= ORGANIZATION_MAX:
+            if not self._has_room(organization_id):
                 held = self._held.setdefault(organization_id, deque())
                 if lane not in held:
                     held.append(lane)
@@ -70,30 +76,37 @@ class Dispatcher:
 
     async def close(self, timeout_seconds: float) -> None:
         """Wait for what is under way, and end what does not end in time: it is delivered again by somebody else."""
-        self.may_begin = lambda: False
-        for timer in self._timers.values():
-            timer.cancel()
+        self._is_closing = True
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=timeout_seconds)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
 
+    def _has_room(self, organization_id: str) -> bool:
+        count = self._by_organization[organization_id]
+        return count < ORGANIZATION_MAX and (len(self._tasks) < PROCESS_MAX or count < _ALWAYS_ADMITTED)
+
     def _is_ready(self, lane: Lane) -> bool:
-        if not lane.buffer or lane.is_left or lane.in_flight >= lane.window or not self.may_begin():
+        if (
+            not lane.buffer
+            or lane.is_left
+            or lane.in_flight >= lane.window
+            or self._is_closing
+            or not self._may_begin()
+        ):
             return False
         if lane.is_resting(self._clock.now()):
             return False
         pause_seconds = lane.seconds_until_next(self._clock.monotonic_seconds())
         if pause_seconds > 0:
-            endpoint_id = lane.target.endpoint_id
-            if endpoint_id not in self._timers:
-                self._timers[endpoint_id] = self._loop.call_later(pause_seconds, self._resume, lane)
+            if lane.timer is None:
+                lane.timer = self._loop.call_later(pause_seconds, self._resume, lane)
             return False
         return True
 
     def _resume(self, lane: Lane) -> None:
-        self._timers.pop(lane.target.endpoint_id, None)
+        lane.timer = None
         self.serve(lane)
 
     def _begin(self, lane: Lane) -> None:
@@ -104,15 +117,15 @@ class Dispatcher:
         task.add_done_callback(lambda ended: self._finished(lane, due, ended))
 
     async def _attempt(self, lane: Lane, due: Due) -> None:
-        message = Message(due.event_id, body_of(due.event_id, due.event_type, due.created_at, due.data.encode()))
         target = lane.target
         if due.step == 0:
             self._stats.waited((self._clock.now() - due.created_at).total_seconds())
         try:
+            message = Message(due.event_id, body_of(due.event_id, due.event_type, due.created_at, due.data.encode()))
             outcome = await self._sender.attempt(target, message, self._policy())
         except Exception:  # noqa: BLE001 - ours to mend; the delivery is tried again as after any failure
             _log.exception("webhooks.attempt_broke", endpoint_id=target.endpoint_id, delivery_id=due.delivery_id)
-            outcome = Outcome(None, "an error of ours", 0, None, None, self._clock.now())
+            outcome = Outcome(None, "an error of ours", 0, None, None, self._clock.now(), is_ours=True)
         lane.finish(outcome, self._clock.now())
         self._stats.attempted(outcome)
         self._done(lane, conclude(due, outcome))
@@ -123,7 +136,7 @@ class Dispatcher:
         self._by_organization[organization_id] -= 1
         if not self._by_organization[organization_id]:
             del self._by_organization[organization_id]
-        if task.cancelled():
+        if task.cancelled() or task.exception() is not None:
             lane.in_flight -= 1
             lane.busy.discard(due.delivery_id)
             return
@@ -133,10 +146,8 @@ class Dispatcher:
     def _serve_held(self) -> None:
         """Give the room that there is to those who wait: one to each organization, and in it to each lane, in turns."""
         for organization_id in list(self._held):
-            if len(self._tasks) >= PROCESS_MAX:
-                return
             held = self._held.pop(organization_id)
-            while held and self._by_organization[organization_id] < ORGANIZATION_MAX:
+            while held and self._has_room(organization_id):
                 lane = held.popleft()
                 if self._is_ready(lane):
                     self._begin(lane)

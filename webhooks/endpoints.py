@@ -6,7 +6,7 @@ Functions take a session and never commit. PostgreSQL down: errors of `core.data
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -119,7 +119,7 @@ async def create_endpoint(
         organization_id=organization_id,
         url=_checked_url(new.url, policy),
         description=new.description,
-        event_types=_checked_types(new.event_types),
+        event_types=check_types(new.event_types),
         filter=_checked_filter(new.filter),
         sealed_headers=seal_headers(
             sealer, _checked_headers(new.headers), organization_id=organization_id, endpoint_id=endpoint_id
@@ -166,9 +166,11 @@ async def update_endpoint(
     """Change an endpoint; what is not sent yet is sent as it is from now on. Errors: as `create_endpoint`."""
     row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
     if change.url is not UNSET:
+        if change.url != row.url:
+            _begin_anew(row)
         row.url = _checked_url(change.url, policy)
     if change.event_types is not UNSET:
-        row.event_types = _checked_types(change.event_types)
+        row.event_types = check_types(change.event_types)
     if change.filter is not UNSET:
         row.filter = _checked_filter(change.filter)
     if change.headers is not UNSET:
@@ -189,7 +191,7 @@ async def update_endpoint(
 async def delete_endpoint(session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId) -> None:
     """End an endpoint: nothing is sent to it any more, and a worker deletes what is left. Errors: WebhookNotFound."""
     row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
-    row.deleted_at = func.now()
+    row.deleted_at, row.worker_id = func.now(), None
     await mark_changed(session, row)
 
 
@@ -204,8 +206,7 @@ async def disable_endpoint(
     """Stop sending to an endpoint, and give up what it is still due. Errors: WebhookNotFound."""
     row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
     if row.disabled_at is None:
-        row.disabled_at = func.now()
-        row.disabled_reason = reason
+        row.disabled_at, row.disabled_reason, row.worker_id = func.now(), reason, None
         disabled = EndpointDisabled(endpoint_id=row.id, description=row.description, reason=reason)
         await publish(session, disabled, organization_id=organization_id)
     await mark_changed(session, row)
@@ -220,8 +221,8 @@ async def enable_endpoint(
     One that is enabled and rests because it failed is tried at once.
     """
     row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
-    row.disabled_at = row.disabled_reason = row.failing_since = row.resting_until = None
-    row.consecutive_failures = row.warned_percent = 0
+    row.disabled_at = row.disabled_reason = None
+    _begin_anew(row)
     await mark_changed(session, row)
     return _view(row, sealer)
 
@@ -262,22 +263,31 @@ async def mark_changed(session: AsyncSession, row: WebhookEndpointRow) -> None:
     await wake(session, row.id)
 
 
+def _begin_anew(row: WebhookEndpointRow) -> None:
+    """Let nothing be known of how the endpoint does."""
+    row.failing_since = row.resting_until = None
+    row.consecutive_failures = row.warned_percent = 0
+    row.enabled_at = func.greatest(func.clock_timestamp(), row.enabled_at + timedelta(microseconds=1))
+
+
+def check_types(names: Sequence[str], *, more: Collection[str] = ()) -> list[str]:
+    """Return *names* of types, each once, that an endpoint may have. Those of *more* may be there, too.
+
+    Errors: EventTypeUnknown.
+    """
+    known = [EVERYTHING, *(name for name in EXAMPLES if name not in UNASKED)]
+    for name in names if names or more else [""]:
+        if name not in known and name not in more:
+            raise EventTypeUnknown(name, ", ".join(known))
+    return list(dict.fromkeys(names))
+
+
 def _checked_url(url: str, policy: EgressPolicy) -> str:
     try:
         check_url(url, policy)
     except EgressRefused as error:
         raise EndpointUrlInvalid(str(error)) from None
     return url
-
-
-def _checked_types(names: Sequence[str]) -> list[str]:
-    known = [EVERYTHING, *(name for name in EXAMPLES if name not in UNASKED)]
-    for name in names:
-        if name not in known:
-            raise EventTypeUnknown(name, ", ".join(known))
-    if not names:
-        raise EventTypeUnknown("", ", ".join(known))
-    return list(dict.fromkeys(names))
 
 
 def _checked_filter(expression: str | None) -> str | None:

@@ -7,6 +7,7 @@ text, in US dollars, exact; times are Unix seconds. What was asked or answered i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final, Literal
 
@@ -306,7 +307,7 @@ def catalogue() -> list[EventType]:
     ]
 
 
-def wants(event_types: list[str], name: str) -> bool:
+def wants(event_types: Sequence[str], name: str) -> bool:
     """Tell whether an endpoint with *event_types* is sent events called *name*."""
     return name in UNASKED or name in event_types or (EVERYTHING in event_types and name not in MUST_BE_NAMED)
 

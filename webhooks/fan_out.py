@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from typing import Any, Final, NamedTuple
-
-import msgspec
+from typing import Any, Final
 
 from core.database import Database
 from core.plain_sql import fetch
-from webhooks.events import EndpointFailing, wants
-from webhooks.filters import matches
+from webhooks.interests import Interest, is_wanted
 
 BATCH_EVENTS: Final = 500
 _CLAIM: Final = """
@@ -39,12 +36,6 @@ SELECT pg_notify('aap_webhooks', '') FROM (SELECT count(*) FROM due) AS made (co
 """
 
 
-class _Interest(NamedTuple):
-    endpoint_id: str
-    event_types: list[str]
-    filter: str | None
-
-
 def delivery_id(endpoint_id: str, event_id: str) -> str:
     """Return the id of what an endpoint is due of an event: sorted by when the event was made.
 
@@ -60,9 +51,9 @@ async def fan_out(database: Database) -> int:
         events = await fetch(session, _CLAIM, BATCH_EVENTS)
         if not events:
             return 0
-        interests: dict[str, list[_Interest]] = defaultdict(list)
+        interests: dict[str, list[Interest]] = defaultdict(list)
         for row in await fetch(session, _ENDPOINTS, sorted({event.organization_id for event in events})):
-            interests[row.organization_id].append(_Interest(row.id, row.event_types, row.filter))
+            interests[row.organization_id].append(Interest(row.id, row.event_types, row.filter))
         due = [
             (delivery_id(endpoint_id, event.id), event.organization_id, endpoint_id, event.id, event.type)
             for event in events
@@ -73,18 +64,8 @@ async def fan_out(database: Database) -> int:
     return len(events)
 
 
-def _recipients(event: Any, interests: list[_Interest]) -> list[str]:
-    """Return the endpoints that an event goes to. Its data is decoded only where somebody filters by it."""
-    wanted = [
-        one for one in interests if wants(one.event_types, event.type) and event.endpoint_id in {None, one.endpoint_id}
-    ]
-    is_about_one = event.type == EndpointFailing.type
-    if event.endpoint_id is not None or (not is_about_one and all(one.filter is None for one in wanted)):
-        return [one.endpoint_id for one in wanted]
-    data = msgspec.json.decode(event.data)
-    return [
-        one.endpoint_id
-        for one in wanted
-        # That it fails would be one more thing that it does not take.
-        if matches(one.filter, data) and not (is_about_one and data["endpoint_id"] == one.endpoint_id)
-    ]
+def _recipients(event: Any, interests: list[Interest]) -> list[str]:
+    """Return the endpoints that an event goes to. One for an endpoint alone was asked for: no filter holds it back."""
+    if event.endpoint_id is not None:
+        return [one.endpoint_id for one in interests if one.endpoint_id == event.endpoint_id]
+    return [one.endpoint_id for one in interests if is_wanted(one, event.type, event.data)]

@@ -37,11 +37,6 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
         """Whether one delivery at a time finds out if it is well again."""
         return self.consecutive_failures >= FAILURES_BEFORE_REST
 
-    @property
-    def is_well(self) -> bool:
-        """Whether a success would change nothing."""
-        return self.failing_since is None and self.resting_until is None
-
 
 WELL: Final = Health()
 
@@ -68,8 +63,8 @@ def _rest(failures: int, status: int | None, retry_after_seconds: float | None, 
     rests: list[timedelta] = []
     if failures >= FAILURES_BEFORE_REST:
         rests.append(min(_REST_MIN * 2 ** min(failures - FAILURES_BEFORE_REST, 16), _REST_MAX))
-    if status in _THROTTLED_REST:
-        rests.append(_THROTTLED_REST[status])
     if status in {429, 502, 503, 504} and retry_after_seconds is not None:
         rests.append(timedelta(seconds=retry_after_seconds))
+    elif status in _THROTTLED_REST:
+        rests.append(_THROTTLED_REST[status])
     return now + max(rests) if rests else None

@@ -113,13 +113,15 @@ async def _tell_expiring(session: AsyncSession, key_id: KeyId, *, organization_i
     key = await lifecycle.get_key(session, key_id, organization_id=organization_id)
     assert key.expires_at is not None
     data = msgspec.json.encode(KeyExpiring(**_told(key))).decode()
-    event_id = _expiring_id(key_id, key.expires_at)
+    event_id = _expiring_id(key)
     return len(await fetch(session, _PUBLISH_ONCE, event_id, organization_id, KeyExpiring.type, data))
 
 
-def _expiring_id(key_id: str, expires_at: datetime) -> str:
-    digest = hashlib.md5(f"{key_id}{expires_at.timestamp()}".encode(), usedforsecurity=False).hexdigest()
-    return id_range_start("evt", expires_at - EXPIRING_WITHIN) + digest[:16]
+def _expiring_id(key: Key) -> str:
+    """Return the event's id: as old as the first moment at which there was something to tell."""
+    assert key.expires_at is not None
+    digest = hashlib.md5(f"{key.id}{key.expires_at.timestamp()}".encode(), usedforsecurity=False).hexdigest()
+    return id_range_start("evt", max(key.expires_at - EXPIRING_WITHIN, key.created_at)) + digest[:16]
 
 
 def _told(key: Key) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from datetime import datetime
 from typing import Final
@@ -41,6 +42,8 @@ class Lane:
         self.last_problem: str | None = None
         self.is_unsaved = False
         """Whether how it is doing is not yet where another worker would find it."""
+        self.timer: asyncio.TimerHandle | None = None
+        """Set while the next one waits for its turn by `requests_per_second`."""
         self._window = _IN_FLIGHT_AT_FIRST
         self._next_at = 0.0
 
@@ -59,6 +62,11 @@ class Lane:
         """Whether it is worth fetching more."""
         is_low = len(self.buffer) < _BUFFERED_LOW and self.room > 0
         return is_low and not self.is_exhausted and not self.is_leaving and not self.is_left
+
+    @property
+    def is_to_be_judged(self) -> bool:
+        """Whether its organization is to be warned, or the endpoint to be disabled."""
+        return self.health.disabled_for is not None or self.health.warned_percent > self.said_percent
 
     def is_resting(self, now: datetime) -> bool:
         """Tell whether nothing is to be sent at present."""
@@ -85,15 +93,18 @@ class Lane:
     def finish(self, outcome: Outcome, now: datetime) -> None:
         """Take note of what came of an attempt."""
         self.in_flight -= 1
+        if outcome.is_ours:
+            return
+        self.is_unsaved = True
         if outcome.problem is None:
             self._window = min(self._window + 1, IN_FLIGHT_MAX)
             self.last_success_at = now
-            self.is_unsaved = True
-            self.health = WELL
+            if self.health.disabled_for is None:
+                # What was under way when it asked for less, or when its rest began, ends no rest.
+                self.health = Health(resting_until=self.health.resting_until) if self.is_resting(now) else WELL
             return
         self._window = max(self._window // 2, 1)
         self.last_problem = outcome.problem
-        self.is_unsaved = True
         if self.is_resting(now) and outcome.status != 410:
             return  # it was under way when the rest began: that is no news
         self.health = after_failure(self.health, outcome.status, outcome.retry_after_seconds, now)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 import asyncpg
+import structlog
 
 from core.database import DOWN, driver_url
 from webhooks.publish import CHANNEL
 
+_log = structlog.get_logger(__name__)
 _CONNECT_SECONDS_MAX: Final = 5.0
 _RETRY_SECONDS: Final = 1.0
 # A connection that was cut off somewhere on its way does not say so.
@@ -41,6 +43,8 @@ async def listen(url: str, heard: Callable[[str], None]) -> None:
                 await connection.execute("SELECT 1")
         except DOWN:
             pass
+        except Exception:  # noqa: BLE001 - a hint: whoever hears nothing looks by itself
+            _log.exception("webhooks.listening_broke")
         finally:
             if connection is not None:
                 with contextlib.suppress(*DOWN):

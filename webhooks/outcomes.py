@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from core.ids import new_id
 from webhooks.attempts import Outcome
 from webhooks.schedule import pause_after
+from webhooks.targets import Fetch
 
-Fetch = Callable[..., Awaitable[list[Any]]]
+_OURS_PAUSE_SECONDS: Final = 60.0
 # Said a second time, because whether the first try was committed is not known, an attempt changes nothing. What was
 # taken in the end was taken, whatever a worker that had lost the endpoint wrote before.
 _RECORD: Final = """
@@ -68,6 +68,8 @@ class Recorded(NamedTuple):
 
 def conclude(due: Due, outcome: Outcome) -> Recorded:
     """Return what an attempt means for its delivery: done, another time, or given up."""
+    if outcome.is_ours:
+        return Recorded(new_id("wat"), due, outcome, "pending", _OURS_PAUSE_SECONDS, due.step)
     step = due.step + 1
     state, pause = "succeeded", None
     if outcome.problem is not None:

@@ -22,10 +22,13 @@ SELECT
   (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE state = 'pending' LIMIT $1) AS p) AS pending,
   (SELECT count(*) FROM (
      SELECT FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-     WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL LIMIT $1
+     WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL
+       AND coalesce(e.resting_until <= now(), true)
+     LIMIT $1
    ) AS d) AS due,
   (SELECT min(d.due_at) FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-   WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL) AS oldest_due_at,
+   WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL
+     AND coalesce(e.resting_until <= now(), true)) AS oldest_due_at,
   (SELECT count(*) FROM webhook_endpoints WHERE deleted_at IS NULL AND disabled_at IS NULL) AS enabled,
   (SELECT count(*) FROM webhook_endpoints
    WHERE deleted_at IS NULL AND disabled_at IS NULL AND failing_since IS NOT NULL) AS failing,

@@ -8,11 +8,11 @@ worker that was not heard of for as long begins nothing more. Two who did send a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
-Fetch = Callable[..., Awaitable[list[Any]]]
+from webhooks.targets import Fetch
+
 TAKEN_AT_ONCE_MAX: Final = 200
 _BEAT: Final = """
 WITH beat AS (
@@ -24,7 +24,8 @@ SELECT
    WHERE w.seen_at > now() - $2::interval OR w.worker_id = $1) AS taken
 """
 # Steps from one endpoint that is due something to the next along the index, however much each is due. What is free is
-# taken organization by organization in turns, who has waited longest first, and no more than this worker's share.
+# taken organization by organization in turns, who has waited longest first, and no more than this worker's share. So is
+# what is this worker's, and it does not know of, because an answer was lost; not what it has ($5).
 _TAKE: Final = """
 WITH RECURSIVE waiting AS (
   (SELECT endpoint_id FROM webhook_deliveries WHERE state = 'pending' ORDER BY endpoint_id LIMIT 1)
@@ -37,7 +38,11 @@ WITH RECURSIVE waiting AS (
     row_number() OVER (PARTITION BY e.organization_id ORDER BY e.taken_at NULLS FIRST) AS turn
   FROM waiting w JOIN webhook_endpoints e ON e.id = w.endpoint_id
   WHERE e.disabled_at IS NULL AND e.deleted_at IS NULL AND coalesce(e.resting_until <= now(), true)
-    AND NOT EXISTS (SELECT FROM webhook_workers o WHERE o.worker_id = e.worker_id AND o.seen_at > now() - $2::interval)
+    AND NOT EXISTS (
+      SELECT FROM webhook_workers o
+      WHERE o.worker_id = e.worker_id AND o.worker_id <> $1 AND o.seen_at > now() - $2::interval
+    )
+    AND e.id <> ALL ($5::text[])
     AND EXISTS (SELECT FROM webhook_deliveries d
                 WHERE d.endpoint_id = e.id AND d.state = 'pending' AND d.due_at <= now())
 ), share AS (
@@ -82,10 +87,10 @@ class Ownership:
         self._workers = row["workers"]
         return Standing(row["workers"], row["taken"])
 
-    async def take(self, count_max: int) -> list[str]:
-        """Take endpoints that are due something and that nobody has; return their ids."""
+    async def take(self, count_max: int, known: list[str]) -> list[str]:
+        """Take endpoints that are due something and that nobody has, but none of *known*; return their ids."""
         count_max = min(count_max, TAKEN_AT_ONCE_MAX)
-        rows = await self._fetch(_TAKE, self.worker_id, self._lease, self._workers, count_max)
+        rows = await self._fetch(_TAKE, self.worker_id, self._lease, self._workers, count_max, known)
         return [row["id"] for row in rows]
 
     async def release(self, endpoint_ids: list[str]) -> None:

@@ -17,11 +17,11 @@ from core.errors import Invalid
 from core.ids import OrganizationId, id_range_start
 from core.plain_sql import fetch
 from webhooks.deliveries import State
-from webhooks.endpoints import locked_endpoint
+from webhooks.endpoints import check_types, locked_endpoint
 from webhooks.errors import EndpointIsDisabled, TooManyDeliveries, WebhookNotFound
-from webhooks.events import wants
+from webhooks.events import EVERYTHING, MUST_BE_NAMED, UNASKED
 from webhooks.fan_out import delivery_id
-from webhooks.filters import matches
+from webhooks.interests import Interest, is_wanted
 from webhooks.publish import wake
 from webhooks.tables import WebhookEndpointRow
 
@@ -29,22 +29,24 @@ DELIVERIES_MAX: Final = 100_000
 REACH: Final = timedelta(days=14)
 """How far back one may go (as with Svix)."""
 _ONE: Final = """
-SELECT endpoint_id FROM webhook_deliveries WHERE id = $1 AND organization_id = $2 FOR UPDATE
+SELECT endpoint_id FROM webhook_deliveries WHERE id = $1 AND organization_id = $2
 """
 _AGAIN: Final = """
 UPDATE webhook_deliveries SET state = 'pending', step = 0, due_at = now(), finished_at = NULL
 WHERE id = ANY ($1::text[]) AND organization_id = $2
 RETURNING 1
 """
+# An id is as old as what it tells of: of a call, when that began. Ids lead there, and times decide.
 _NOT_TAKEN: Final = """
 SELECT id FROM webhook_deliveries
-WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND id < $4 AND state IN ('failed', 'pending')
+WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND created_at >= $4 AND state IN ('failed', 'pending')
 ORDER BY id LIMIT $5
 """
 # Events that happened while the endpoint was disabled have no delivery.
 _NEVER_DUE: Final = """
 SELECT v.id, v.type, v.data::text AS data FROM webhook_events v
-WHERE v.organization_id = $2 AND v.id >= $3 AND v.id < $4 AND v.is_fanned_out AND v.endpoint_id IS NULL
+WHERE v.organization_id = $2 AND v.id >= $3 AND v.created_at >= $4 AND v.is_fanned_out AND v.endpoint_id IS NULL
+  AND (v.type = ANY ($6::text[]) OR ($7::bool AND v.type <> ALL ($8::text[])))
   AND NOT EXISTS (
     SELECT FROM webhook_deliveries d
     WHERE d.id = 'dlv_' || substr(v.id, 5, 10) || substr(md5($1 || v.id), 1, 16)
@@ -63,6 +65,7 @@ SELECT id, $1, $2, event_id, event_type FROM unnest($3::text[], $4::text[], $5::
 ON CONFLICT (id) DO NOTHING
 """
 _EVENTS_AT_ONCE: Final = 5_000
+_LONGEST_CALL: Final = timedelta(hours=6)
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,11 +98,11 @@ async def recover(
     Errors: WebhookNotFound, EndpointIsDisabled, TooManyDeliveries; Invalid for a moment that is too long ago.
     """
     endpoint = await _enabled(session, endpoint_id, organization_id=organization_id)
-    now = await _checked_reach(session, since)
-    start, end = id_range_start("dlv", since), id_range_start("dlv", now)
-    rows = await fetch(session, _NOT_TAKEN, endpoint_id, organization_id, start, end, DELIVERIES_MAX + 1)
+    await _checked_reach(session, since)
+    start = id_range_start("dlv", since - _LONGEST_CALL)
+    rows = await fetch(session, _NOT_TAKEN, endpoint_id, organization_id, start, since, DELIVERIES_MAX + 1)
     ids = [row.id for row in rows]
-    missed = await _never_due(session, endpoint, max(since, endpoint.created_at), now)
+    missed = await _never_due(session, endpoint, max(since, endpoint.created_at))
     count = len(ids) + len(missed)
     _require_not_too_many(count)
     if not is_dry_run and count:
@@ -118,6 +121,7 @@ async def replay(
 
     Errors: as `recover`.
     """
+    check_types(chosen.event_types, more=UNASKED)
     await _enabled(session, endpoint_id, organization_id=organization_id)
     now = await _checked_reach(session, chosen.since)
     start, end = id_range_start("dlv", chosen.since), id_range_start("dlv", chosen.until or now)
@@ -132,26 +136,18 @@ async def replay(
     return len(rows)
 
 
-async def _never_due(
-    session: AsyncSession, endpoint: WebhookEndpointRow, since: datetime, until: datetime
-) -> list[tuple[str, str]]:
+async def _never_due(session: AsyncSession, endpoint: WebhookEndpointRow, since: datetime) -> list[tuple[str, str]]:
     """Return ids and types of events that the endpoint wants and has no delivery of."""
     found: list[tuple[str, str]] = []
-    start, end = id_range_start("evt", since), id_range_start("evt", until)
+    interest = Interest(endpoint.id, endpoint.event_types, endpoint.filter)
+    start = id_range_start("evt", since - _LONGEST_CALL)
+    chosen = (_EVENTS_AT_ONCE, endpoint.event_types, EVERYTHING in endpoint.event_types, list(MUST_BE_NAMED))
     while True:
-        rows: list[Any] = await fetch(
-            session, _NEVER_DUE, endpoint.id, endpoint.organization_id, start, end, _EVENTS_AT_ONCE
-        )
-        found += [(row.id, row.type) for row in rows if _is_wanted(endpoint, row)]
+        rows: list[Any] = await fetch(session, _NEVER_DUE, endpoint.id, endpoint.organization_id, start, since, *chosen)
+        found += [(row.id, row.type) for row in rows if is_wanted(interest, row.type, row.data)]
         if len(rows) < _EVENTS_AT_ONCE or len(found) > DELIVERIES_MAX:
             return found
         start = f"{rows[-1].id}0"
-
-
-def _is_wanted(endpoint: WebhookEndpointRow, event: Any) -> bool:
-    if not wants(endpoint.event_types, event.type):
-        return False
-    return endpoint.filter is None or matches(endpoint.filter, msgspec.json.decode(event.data))
 
 
 async def _enabled(session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId) -> WebhookEndpointRow:

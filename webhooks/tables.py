@@ -64,6 +64,8 @@ class WebhookEndpointRow(Table):
     """Who sends to it: one worker at a time, for as long as it is heard of (`webhook_workers`)."""
     taken_at: Mapped[datetime | None] = mapped_column(_WHEN)
     created_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
+    enabled_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
+    """Since when it counts how it is doing: when it was made, enabled, or given another address."""
     updated_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
     """When its owner, or who disabled it, last changed how it is sent to."""
 
@@ -88,6 +90,7 @@ class WebhookEventRow(Table):
     __table_args__ = (
         Index("ix_webhook_events_organization_id", "organization_id", "id"),
         Index("ix_webhook_events_waiting", "id", postgresql_where=text("NOT is_fanned_out")),
+        Index("ix_webhook_events_trouble", "created_at", postgresql_where=text("type LIKE 'webhook.endpoint.%'")),
     )
 
     id: Mapped[str] = mapped_column(_ID, primary_key=True)

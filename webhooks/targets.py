@@ -17,8 +17,9 @@ from webhooks.vault import open_headers, secret_place
 Fetch = Callable[..., Awaitable[list[Any]]]
 # How an endpoint is doing is loaded where it is taken over, and from then on its worker's alone to say.
 _LOAD: Final = """
-SELECT e.id, e.organization_id, e.url, e.sealed_headers, e.requests_per_second, e.updated_at, e.failing_since,
-  e.consecutive_failures, e.warned_percent, extract(epoch FROM e.resting_until - now())::float8 AS rest_seconds,
+SELECT e.id, e.organization_id, e.url, e.sealed_headers, e.requests_per_second, e.updated_at, e.enabled_at,
+  e.failing_since, e.consecutive_failures, e.warned_percent,
+  extract(epoch FROM e.resting_until - now())::float8 AS rest_seconds,
   array_agg(s.id ORDER BY s.id DESC) AS secret_ids, array_agg(s.sealed ORDER BY s.id DESC) AS sealed_secrets,
   array_agg(s.not_after ORDER BY s.id DESC) AS ends
 FROM webhook_endpoints e JOIN webhook_secrets s ON s.endpoint_id = e.id
@@ -39,6 +40,7 @@ class Target(msgspec.Struct, frozen=True):
     """Each with when it ends; the newest first."""
     requests_per_second: int | None
     updated_at: datetime
+    enabled_at: datetime
 
     def __repr__(self) -> str:
         """Keep secrets out of logs and tracebacks."""
@@ -73,6 +75,19 @@ async def load(
     return loaded, broken
 
 
+def _secrets(row: Any, sealer: Sealer) -> tuple[tuple[bytes, datetime | None], ...]:
+    """Return the endpoint's secrets. One that ends and cannot be opened is done without; the present one cannot be."""
+    secrets: list[tuple[bytes, datetime | None]] = []
+    for secret_id, sealed, end in zip(row["secret_ids"], row["sealed_secrets"], row["ends"], strict=True):
+        try:
+            secrets.append((sealer.open(sealed, secret_place(row["organization_id"], secret_id)), end))
+        except SealBroken as error:
+            if end is None:
+                raise
+            _log.warning("webhooks.older_secret_unreadable", endpoint_id=row["id"], error=str(error))
+    return tuple(secrets)
+
+
 def _rest_end(seconds: float | None, clock: Clock) -> datetime | None:
     """Return when a rest ends by this worker's clock: it is kept by PostgreSQL's, which all workers share."""
     return clock.now() + timedelta(seconds=seconds) if seconds is not None and seconds > 0 else None
@@ -81,10 +96,7 @@ def _rest_end(seconds: float | None, clock: Clock) -> datetime | None:
 def _target(row: Any, sealer: Sealer) -> Target:
     endpoint_id, organization_id = row["id"], row["organization_id"]
     headers = open_headers(sealer, row["sealed_headers"], organization_id=organization_id, endpoint_id=endpoint_id)
-    secrets = tuple(
-        (sealer.open(sealed, secret_place(organization_id, secret_id)), end)
-        for secret_id, sealed, end in zip(row["secret_ids"], row["sealed_secrets"], row["ends"], strict=True)
-    )
+    secrets = _secrets(row, sealer)
     return Target(
         endpoint_id,
         organization_id,
@@ -93,4 +105,5 @@ def _target(row: Any, sealer: Sealer) -> Target:
         secrets,
         row["requests_per_second"],
         row["updated_at"],
+        row["enabled_at"],
     )

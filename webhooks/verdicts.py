@@ -16,17 +16,17 @@ from webhooks.health import DISABLED_AFTER, Health, Reason
 from webhooks.lanes import Lane
 from webhooks.publish import publish
 
-# An endpoint that was changed since, or enabled anew, is judged anew.
+# An endpoint that was enabled since, or given another address, is judged anew.
 _WARN: Final = """
 UPDATE webhook_endpoints SET warned_percent = $2
-WHERE id = $1 AND warned_percent < $2 AND updated_at = $3 AND disabled_at IS NULL AND deleted_at IS NULL
+WHERE id = $1 AND warned_percent < $2 AND enabled_at = $3 AND disabled_at IS NULL AND deleted_at IS NULL
 RETURNING organization_id, description
 """
 _DISABLE: Final = """
 UPDATE webhook_endpoints SET
   disabled_at = now(), disabled_reason = $2, updated_at = now(), worker_id = NULL, last_problem = $4,
   failing_since = $5, consecutive_failures = $6, resting_until = NULL
-WHERE id = $1 AND updated_at = $3 AND disabled_at IS NULL AND deleted_at IS NULL
+WHERE id = $1 AND enabled_at = $3 AND disabled_at IS NULL AND deleted_at IS NULL
 RETURNING organization_id, description
 """
 
@@ -36,7 +36,7 @@ async def warn(database: Database, lane: Lane) -> None:
     target, health = lane.target, lane.health
     assert health.failing_since is not None
     async with database.transaction() as session:
-        for row in await fetch(session, _WARN, target.endpoint_id, health.warned_percent, target.updated_at):
+        for row in await fetch(session, _WARN, target.endpoint_id, health.warned_percent, target.enabled_at):
             failing = EndpointFailing(
                 endpoint_id=target.endpoint_id,
                 description=row.description,
@@ -53,7 +53,7 @@ async def disable(database: Database, lane: Lane, reason: Reason) -> None:
     arguments: tuple[Any, ...] = (
         lane.target.endpoint_id,
         reason,
-        lane.target.updated_at,
+        lane.target.enabled_at,
         lane.last_problem,
         health.failing_since,
         health.consecutive_failures,

@@ -47,11 +47,13 @@ FROM unnest(
   $1::text[], $2::timestamptz[], $3::timestamptz[], $4::int4[], $5::float8[], $6::int2[], $7::timestamptz[],
   $8::text[]
 ) AS s (
-  id, updated_at, failing_since, consecutive_failures, rest_seconds, warned_percent, last_success_at, last_problem
+  id, enabled_at, failing_since, consecutive_failures, rest_seconds, warned_percent, last_success_at, last_problem
 )
-WHERE e.id = s.id AND e.updated_at = s.updated_at AND e.worker_id = $9
+WHERE e.id = s.id AND e.enabled_at = s.enabled_at AND e.worker_id = $9
 """
 _IDLE_SECONDS: Final = 5.0
+_UNREADABLE_SECONDS: Final = 30.0
+_VERDICTS_AT_ONCE: Final = 20
 ENDPOINTS_MAX: Final = 2_000
 
 
@@ -73,6 +75,8 @@ class Workload:
         self._sealer = sealer
         self._clock = clock
         self._looks = 0
+        self._unreadable: dict[str, float] = {}
+        """Endpoints whose secrets this worker cannot open, and until when it leaves them to others."""
         self.lanes: dict[str, Lane] = {}
 
     def look_everywhere(self) -> None:
@@ -81,12 +85,18 @@ class Workload:
         for lane in self.lanes.values():
             lane.is_exhausted = False
 
+    def try_again(self, endpoint_id: str) -> None:
+        """An endpoint was changed: its secrets may be such as can be opened."""
+        self._unreadable.pop(endpoint_id, None)
+
     async def take(self) -> int:
         """Take endpoints that are due something and that nobody sends to; return how many. Errors: those of DOWN."""
         room = ENDPOINTS_MAX - len(self.lanes)
         if room <= 0:
             return 0
-        taken = await self._ownership.take(room)
+        now = self._clock.monotonic_seconds()
+        self._unreadable = {one: until for one, until in self._unreadable.items() if until > now}
+        taken = await self._ownership.take(room, [*self.lanes, *self._unreadable])
         return await self._load(taken) if taken else 0
 
     async def refill(self, dispatcher: Dispatcher) -> int:
@@ -94,6 +104,7 @@ class Workload:
         now, looks = self._clock.now(), self._looks
         hungry = [lane for lane in self.lanes.values() if lane.is_hungry and not lane.is_resting(now)]
         if not hungry:
+            self._serve_all(dispatcher)
             return 0
         rooms = {lane.target.endpoint_id: lane.room for lane in hungry}
         busy = [delivery_id for lane in hungry for delivery_id in lane.busy]
@@ -107,15 +118,21 @@ class Workload:
         for row in rows:
             lane = self.lanes.get(row["endpoint_id"])
             found[row["endpoint_id"]] += 1
-            if lane is not None and row["id"] not in lane.busy:
+            if lane is not None and not lane.is_leaving and row["id"] not in lane.busy:
                 lane.busy.add(row["id"])
                 lane.buffer.append(Due(*list(row.values())[:8]))
         for lane in hungry:
             # What was told of meanwhile may have come after the statement had looked.
             is_current = looks == self._looks
             lane.is_exhausted = is_current and found[lane.target.endpoint_id] < rooms[lane.target.endpoint_id]
-            dispatcher.serve(lane)
+        self._serve_all(dispatcher)
         return len(rows)
+
+    def _serve_all(self, dispatcher: Dispatcher) -> None:
+        # Also those that need no more: a rest may have ended, or what kept this worker from beginning anything.
+        for lane in self.lanes.values():
+            if lane.buffer:
+                dispatcher.serve(lane)
 
     async def record(self, recorded: list[tuple[Lane, Recorded]]) -> None:
         """Write what came of attempts; from then on a delivery may be fetched again. Errors: those of DOWN."""
@@ -127,21 +144,32 @@ class Workload:
         """Let go of endpoints that are no longer this worker's, and load those that were changed."""
         if not self.lanes:
             return
-        rows = await self._stores.beats.fetch(_MINE, list(self.lanes), self._ownership.worker_id)
+        asked = dict(self.lanes)
+        rows = await self._stores.beats.fetch(_MINE, list(asked), self._ownership.worker_id)
         mine = {row["id"]: row["updated_at"] for row in rows}
-        for endpoint_id in [one for one in self.lanes if one not in mine]:
-            self._drop(endpoint_id)
-        changed = [one for one, updated_at in mine.items() if self.lanes[one].target.updated_at != updated_at]
+        changed: list[str] = []
+        for endpoint_id, lane in asked.items():
+            # One that was taken, or let go of, while PostgreSQL answered is not spoken of.
+            if self.lanes.get(endpoint_id) is not lane:
+                continue
+            if endpoint_id not in mine:
+                self._drop(endpoint_id)
+            elif lane.target.updated_at != mine[endpoint_id]:
+                changed.append(endpoint_id)
         if changed:
             await self._load(changed)
 
     async def judge(self) -> None:
-        """Warn of endpoints that fail, and disable those that have for too long. Errors: those of DOWN."""
-        for lane in list(self.lanes.values()):
+        """Warn of endpoints that fail, and disable those that have for too long. Errors: those of DOWN.
+
+        So many in a round that who this worker is does not go unsaid meanwhile.
+        """
+        due = [lane for lane in self.lanes.values() if lane.is_to_be_judged]
+        for lane in due[:_VERDICTS_AT_ONCE]:
             if lane.health.disabled_for is not None:
                 await verdicts.disable(self._stores.database, lane, lane.health.disabled_for)
                 self._drop(lane.target.endpoint_id)
-            elif lane.health.warned_percent > lane.said_percent:
+            else:
                 await verdicts.warn(self._stores.database, lane)
                 lane.said_percent = lane.health.warned_percent
 
@@ -157,7 +185,7 @@ class Workload:
             await self._stores.beats.fetch(
                 _SAVE,
                 [lane.target.endpoint_id for lane in lanes],
-                [lane.target.updated_at for lane in lanes],
+                [lane.target.enabled_at for lane in lanes],
                 [lane.health.failing_since for lane in lanes],
                 [lane.health.consecutive_failures for lane in lanes],
                 [lane.rest_seconds(now) for lane in lanes],
@@ -188,10 +216,14 @@ class Workload:
             is_idle = lane.is_exhausted and monotonic - lane.idle_since >= _IDLE_SECONDS
             if lane.is_leaving or lane.is_resting(now) or is_idle:
                 left.append(endpoint_id)
-        if left:
-            await self._ownership.release(left)
-            for endpoint_id in left:
-                self._drop(endpoint_id)
+        if not left:
+            return
+        for endpoint_id in left:
+            # Nothing more is fetched for it meanwhile.
+            self.lanes[endpoint_id].is_leaving = True
+        await self._ownership.release(left)
+        for endpoint_id in left:
+            self._drop(endpoint_id)
 
     def __len__(self) -> int:
         return len(self.lanes)
@@ -205,10 +237,20 @@ class Workload:
             if lane is None:
                 self.lanes[target.endpoint_id] = Lane(target, health)
             else:
-                lane.target, lane.health, lane.said_percent = target, health, health.warned_percent
-        for endpoint_id in broken:
-            self._drop(endpoint_id)
+                if target.enabled_at != lane.target.enabled_at:
+                    lane.health, lane.said_percent = health, health.warned_percent
+                lane.target = target
+        if broken:
+            await self._leave_to_others(broken)
         return len(loaded)
+
+    async def _leave_to_others(self, endpoint_ids: list[str]) -> None:
+        """Release endpoints that this worker cannot sign for: another may have the key."""
+        until = self._clock.monotonic_seconds() + _UNREADABLE_SECONDS
+        for endpoint_id in endpoint_ids:
+            self._unreadable[endpoint_id] = until
+            self._drop(endpoint_id)
+        await self._ownership.release(endpoint_ids)
 
     def _is_changed(self, row: Any) -> bool:
         lane = self.lanes.get(row["endpoint_id"])
@@ -219,3 +261,5 @@ class Workload:
         if lane is not None:
             lane.forget_buffer()
             lane.is_left = True
+            if lane.timer is not None:
+                lane.timer.cancel()

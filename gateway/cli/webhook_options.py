@@ -23,6 +23,7 @@ def new_endpoint(url: str, options: Mapping[str, Any]) -> NewEndpoint:
         filter=options["expression"],
         headers=_headers(options["headers"]),
         requests_per_second=options["rate"],
+        is_secret_revealable=not options["no_reveal"],
     )
 
 

@@ -61,6 +61,7 @@ def list_endpoints(org: str | None, as_json: bool) -> None:
 @click.option("--header", "headers", multiple=True, help="'Name: value', sent with every webhook; again for more.")
 @click.option("--rate", type=click.IntRange(1, 1_000), help="Deliveries a second at most.")
 @click.option("--description", default="", help="What it is for.")
+@click.option("--no-reveal", is_flag=True, help="The secret is shown now, and never again.")
 @_secret
 @org_option
 @json_option

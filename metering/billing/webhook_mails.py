@@ -43,6 +43,8 @@ async def _note(session: AsyncSession) -> int:
         .join(endpoint, and_(endpoint.id == data["endpoint_id"].astext, endpoint.organization_id == owner))
         .outerjoin(EmailRow, and_(EmailRow.organization_id == owner, EmailRow.reason == event.id))
         .where(
+            # As the index has it.
+            event.type.like("webhook.endpoint.%"),
             event.type.in_((EndpointFailing.type, EndpointDisabled.type)),
             event.created_at > func.now() - literal(_FRESH),
             # What somebody did, somebody knows.

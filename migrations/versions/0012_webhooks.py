@@ -77,6 +77,13 @@ def upgrade() -> None:
         unique=False,
         postgresql_where=sa.text("NOT is_fanned_out"),
     )
+    op.create_index(
+        "ix_webhook_events_trouble",
+        "webhook_events",
+        ["created_at"],
+        unique=False,
+        postgresql_where=sa.text("type LIKE 'webhook.endpoint.%'"),
+    )
     op.create_table(
         "webhook_workers",
         sa.Column("worker_id", sa.String(length=40, collation="C"), nullable=False),
@@ -106,6 +113,7 @@ def upgrade() -> None:
         sa.Column("worker_id", sa.String(length=40, collation="C"), nullable=True),
         sa.Column("taken_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("enabled_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_webhook_endpoints_organization_id_organizations")
@@ -145,6 +153,11 @@ def downgrade() -> None:
     op.drop_table("webhook_workers")
     op.drop_index(
         "ix_webhook_events_waiting", table_name="webhook_events", postgresql_where=sa.text("NOT is_fanned_out")
+    )
+    op.drop_index(
+        "ix_webhook_events_trouble",
+        table_name="webhook_events",
+        postgresql_where=sa.text("type LIKE 'webhook.endpoint.%'"),
     )
     op.drop_index("ix_webhook_events_organization_id", table_name="webhook_events")
     op.drop_table("webhook_events")

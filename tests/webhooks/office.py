@@ -51,6 +51,14 @@ class Place(NamedTuple):
         async with self.database.transaction() as session:
             return await fetch(session, statement, *arguments)
 
+    async def dump(self) -> dict[str, list[str]]:
+        """Every row of every table of webhooks, as text."""
+        names = await self.sql("SELECT tablename FROM pg_tables WHERE tablename LIKE 'webhook%' ORDER BY 1")
+        statements = {
+            row.tablename: f"SELECT to_json(t)::text AS row FROM {row.tablename} t ORDER BY 1" for row in names
+        }
+        return {name: [row.row for row in await self.sql(statement)] for name, statement in statements.items()}
+
 
 class Office:
     """An administrator of an organization."""
@@ -95,7 +103,7 @@ class Office:
     async def pass_by(self, *names: str) -> list[str]:
         """Tell of keys, and wait until every endpoint that wants to know is due it."""
         ids = await self.publish(*names)
-        query = "SELECT FROM webhook_events WHERE id = ANY ($1::text[]) AND NOT is_fanned_out"
+        query = "SELECT id FROM webhook_events WHERE id = ANY ($1::text[]) AND NOT is_fanned_out"
 
         async def is_fanned_out() -> bool:
             return await self.place.sql(query, ids) == []

@@ -82,7 +82,7 @@ async def _hurt(private: Private, workers: list[WorkerProcess], seed: int, publi
 
 @pytest.mark.parametrize("seed", range(2 if IS_FULL else 1))
 async def test_no_event_is_missed_and_duplicates_have_the_same_id(
-    private: Private, receiver: Sink, workdir: Path, seed: int, record_property: Callable[[str, object], None]
+    private: Private, receiver: Sink, workdir: Path, seed: int, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     receiver.keeps = False
     workers = [WorkerProcess(private.stores, _made(workdir / f"w{number}")) for number in range(WORKERS)]
@@ -103,8 +103,7 @@ async def test_no_event_is_missed_and_duplicates_have_the_same_id(
         assert await one.stop() == 0
     duplicates = sum(receiver.counts.values()) - expected
     # Each is an attempt that was under way, or not yet written down, when its worker died.
-    record_property("duplicates", duplicates)
-    record_property("kills", hurts)
+    record_testsuite_property(f"seed {seed}", f"{hurts} kills, {duplicates} duplicates")
     assert receiver.counts.keys() == set(ids)
     assert duplicates <= hurts * 700
 

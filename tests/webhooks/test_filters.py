@@ -22,7 +22,7 @@ DATA: dict[str, Any] = {"name": "orders", "count": 0, "tags": ["a", "b"], "none"
         "name != 'other'",
         "starts_with(name, 'ord')",
         "contains(tags, 'b')",
-        "tags[?@ == 'a']",
+        "contains(tags, 'a')",
         "length(tags) == `2`",
         "name == 'orders' && count == `0`",
         "!none",
@@ -48,7 +48,7 @@ def test_what_is_true_is_wanted(expression: str) -> None:
         "missing.further",
         "none",
         "nested.empty",
-        "tags[?@ == 'z']",
+        "contains(tags, 'z')",
         "tags[9]",
         "''",
         "`false`",
@@ -65,7 +65,7 @@ def test_without_an_expression_everything_is_wanted() -> None:
     assert matches(None, {}) is True
 
 
-@pytest.mark.parametrize("expression", ["starts_with(count, 'a')", "length(count)", "sum(tags)", "join(',', [count])"])
+@pytest.mark.parametrize("expression", ["starts_with(count, 'a')", "length(count)", "sum(tags)", "abs(name)"])
 def test_an_expression_that_fails_on_this_data_is_not_true_of_it(expression: str) -> None:
     check_filter(expression)
     assert matches(expression, DATA) is False

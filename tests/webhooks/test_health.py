@@ -109,7 +109,7 @@ class TestTheEnd:
         assert failed(100, status).disabled_for is None
 
 
-TARGET = Target("whe_1", "org_1", "https://a.example/", (), (), None, NOW)
+TARGET = Target("whe_1", "org_1", "https://a.example/", (), (), None, NOW, NOW)
 
 
 def lane_with(health: Health, under_way: int = 1) -> Lane:
@@ -134,7 +134,7 @@ class TestALane:
         assert (lane.health.warned_percent, lane.window) == (70, 1)
         lane.finish(OK, NOW + timedelta(hours=1))
         assert lane.health == WELL
-        assert lane.health.is_well
+        assert lane.health == WELL
         assert lane.last_success_at == NOW + timedelta(hours=1)
         assert (lane.in_flight, lane.is_unsaved) == (0, True)
 
@@ -157,11 +157,24 @@ class TestALane:
         assert lane.health.disabled_for == "gone"
         assert lane.is_resting(NOW + timedelta(days=100))
 
-    def test_a_success_during_a_rest_ends_it(self) -> None:
+    def test_a_success_that_was_under_way_ends_no_rest(self) -> None:
         lane = lane_with(failed(5))
         assert lane.is_resting(NOW)
         lane.finish(OK, NOW)
-        assert not lane.is_resting(NOW)
+        assert lane.is_resting(NOW)
+        assert (lane.health.failing_since, lane.health.consecutive_failures) == (None, 0)
+
+    def test_a_success_that_was_under_way_brings_back_nobody_who_is_gone(self) -> None:
+        lane = lane_with(WELL)
+        lane.finish(Outcome(410, "answered 410", 1, None, None, NOW), NOW)
+        lane.finish(OK, NOW)
+        assert lane.health.disabled_for == "gone"
+
+    def test_a_fault_of_ours_says_nothing(self) -> None:
+        lane = lane_with(WELL)
+        for _ in range(9):
+            lane.finish(Outcome(None, "an error of ours", 1, None, None, NOW, is_ours=True), NOW)
+        assert lane.health == WELL
 
     def test_a_rest_ends_by_itself_and_one_delivery_tries(self) -> None:
         lane = lane_with(failed(5), under_way=0)

@@ -1,0 +1,189 @@
+"""Moments in which a delivery could be forgotten, sent twice without need, or held against an endpoint wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+
+from core.clock import SystemClock
+from core.plain_sql import fetch
+from keys.lifecycle import NewKey
+from keys.tenants import create_project
+from tests.conftest import PEPPER
+from tests.harness.eventually import eventually, moment
+from tests.harness.webhook_place import POLICY, SEALER, new_endpoint, publish_many, worker
+from tests.harness.webhook_sink import Arrival, Sink, status
+from tests.webhooks.conftest import Own
+from webhooks import key_acts
+from webhooks.dispatch import Dispatcher
+from webhooks.endpoints import EndpointChange, get_endpoint, update_endpoint
+from webhooks.housekeeping import delete_old
+from webhooks.worker import Pace
+
+
+async def sql(own: Own, statement: str, *arguments: object) -> list[Any]:
+    async with own.database.transaction() as session:
+        return await fetch(session, statement, *arguments)
+
+
+async def test_who_was_not_heard_of_goes_on_where_it_stopped(own: Own, receiver: Sink) -> None:
+    """Guarantee: what is buffered while nothing may be begun is sent once it may, without anything new to fetch."""
+    await new_endpoint(own.database, receiver.url(), own.organization_id, requests_per_second=50)
+    ids = await publish_many(own.database, [own.organization_id] * 40)
+    async with worker(own.url) as made:
+        await eventually(lambda: len(receiver.counts) >= 3)
+        made._dispatcher._may_begin = lambda: False
+        stopped = len(receiver.counts)
+        await moment(0.3)
+        assert len(receiver.counts) <= stopped + 2
+        made._dispatcher._may_begin = lambda: True
+        await eventually(lambda: receiver.counts.keys() == set(ids))
+
+
+async def test_a_rest_shorter_than_a_beat_ends_too(own: Own, receiver: Sink) -> None:
+    answers = [status(503, more=b"retry-after: 1\r\n")]
+    receiver.answers["/hook"] = lambda _: answers.pop() if answers and len(receiver.counts) >= 3 else status(200)
+    await new_endpoint(own.database, receiver.url(), own.organization_id)
+    async with worker(own.url, pace=Pace(beat_seconds=30.0, lease_seconds=100.0, drain_seconds=0.5)):
+        await publish_many(own.database, [own.organization_id] * 100)
+        await eventually(lambda: not answers)
+        taken = len(receiver.counts)
+        # The next that anybody hears of wakes it.
+        await moment(1.1)
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: len(receiver.counts) >= min(taken + 50, 100))
+
+
+async def test_an_orderly_stop_sends_nothing_twice(own: Own, receiver: Sink) -> None:
+    """Guarantee: a worker that finishes what is under way is heard of until then, and nobody sends beside it."""
+    held: list[Arrival] = []
+    receiver.answers["/slow"] = held.append
+    await new_endpoint(own.database, receiver.url("/slow"), own.organization_id)
+    pace = Pace(beat_seconds=0.1, lease_seconds=0.6, drain_seconds=3.0)
+    stopping = worker(own.url, pace=pace)
+    await stopping.__aenter__()
+    await publish_many(own.database, [own.organization_id] * 2)
+    await eventually(lambda: len(held) == 2)
+    async with worker(own.url, pace=msgspec.structs.replace(pace, drain_seconds=0.1)):
+        stop = asyncio.create_task(stopping.__aexit__(None, None, None))
+        # Several leases later.
+        await moment(2.0)
+        assert (len(held), stop.done()) == (2, False)
+        await stop
+        # What had no answer is sent by the other one now.
+        await eventually(lambda: len(held) == 4)
+    assert len({arrival.headers["webhook-id"] for arrival in held}) == 2
+
+
+async def test_who_mends_an_endpoint_and_describes_it_is_not_disabled(own: Own, receiver: Sink) -> None:
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    await sql(own, "UPDATE webhook_endpoints SET failing_since = now() - interval '6 days', consecutive_failures = 3")
+    slow_beat = Pace(beat_seconds=0.5, drain_seconds=0.5)
+    async with worker(own.url, pace=slow_beat) as made:
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: receiver.counts)
+        await _describe(own, view.id)
+        await eventually(lambda: all(not lane.is_unsaved for lane in made._workload.lanes.values()))
+        receiver.answers["/hook"] = lambda _: status(500)
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: len(receiver.arrivals["/hook"]) == 2)
+        await eventually(lambda: _is_failing(own, view.id))
+    async with own.database.transaction() as session:
+        found = await get_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+    assert (found.status, found.consecutive_failures) == ("failing", 1)
+
+
+async def _describe(own: Own, endpoint_id: str) -> None:
+    async with own.database.transaction() as session:
+        change = EndpointChange(description="mended")
+        await update_endpoint(session, endpoint_id, change, POLICY, SEALER, organization_id=own.organization_id)
+
+
+async def _is_failing(own: Own, endpoint_id: str) -> bool:
+    rows = await sql(own, "SELECT failing_since FROM webhook_endpoints WHERE id = $1", endpoint_id)
+    return rows[0].failing_since is not None
+
+
+async def test_another_address_begins_anew(own: Own, receiver: Sink) -> None:
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    await sql(own, "UPDATE webhook_endpoints SET failing_since = now() - interval '4 days', consecutive_failures = 9")
+    async with own.database.transaction() as session:
+        change = EndpointChange(url=receiver.url("/other"))
+        found = await update_endpoint(session, view.id, change, POLICY, SEALER, organization_id=own.organization_id)
+    assert (found.status, found.consecutive_failures) == ("enabled", 0)
+
+
+async def test_what_a_process_bears_is_no_bound_for_who_has_little(own: Own, receiver: Sink, monkeypatch: Any) -> None:
+    monkeypatch.setattr("webhooks.dispatch.PROCESS_MAX", 10)
+    other = await own.new_organization()
+    for number in range(10):
+        await new_endpoint(own.database, receiver.url(f"/slow{number}"), own.organization_id)
+        receiver.answers[f"/slow{number}"] = lambda _: None
+    await new_endpoint(own.database, receiver.url("/well"), other)
+    async with worker(own.url) as made:
+        await publish_many(own.database, [own.organization_id] * 3)
+        await eventually(lambda: made._dispatcher.in_flight == 10)
+        await publish_many(own.database, [other] * 30)
+        await eventually(lambda: len(receiver.arrivals["/well"]) == 30)
+        assert made._dispatcher.in_flight == 10
+
+
+async def test_an_error_of_ours_uses_up_no_attempt_and_is_no_fault_of_the_endpoint(
+    own: Own, receiver: Sink, monkeypatch: Any
+) -> None:
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    whole = Dispatcher._attempt
+
+    async def broken(self: Dispatcher, *arguments: Any) -> None:
+        monkeypatch.setattr(self, "_policy", lambda: 1 / 0)
+        await whole(self, *arguments)
+
+    monkeypatch.setattr(Dispatcher, "_attempt", broken)
+    async with worker(own.url):
+        await publish_many(own.database, [own.organization_id] * 6)
+        await eventually(lambda: _attempted(own, 6))
+    rows = await sql(own, "SELECT DISTINCT state, step, last_problem, due_at > now() AS later FROM webhook_deliveries")
+    assert [tuple(row) for row in rows] == [("pending", 0, "an error of ours", True)]
+    async with own.database.transaction() as session:
+        found = await get_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+    assert found.status == "enabled"
+
+
+async def _attempted(own: Own, count: int) -> bool:
+    return (await sql(own, "SELECT count(*) AS n FROM webhook_attempts"))[0].n == count
+
+
+async def test_a_key_that_expires_is_told_once_however_short_events_are_kept(own: Own) -> None:
+    now = SystemClock().now()
+    async with own.database.transaction() as session:
+        project = await create_project(session, "p", organization_id=own.organization_id)
+        new = NewKey(name="short", expires_at=now + timedelta(days=1))
+        await key_acts.create_key(
+            session, new, organization_id=own.organization_id, project_id=project.id, pepper=PEPPER
+        )
+    for day in range(2):
+        later = now + timedelta(days=day * 0.4)
+        assert await key_acts.tell_expiring(own.database, later) == (1 if day == 0 else 0)
+        # The shortest that can be set.
+        await delete_old(own.database, later, timedelta(days=8))
+    rows = await sql(own, "SELECT data::text AS data FROM webhook_events WHERE type = 'key.expiring'")
+    assert [msgspec.json.decode(row.data)["name"] for row in rows] == ["short"]
+
+
+async def test_an_answer_that_is_lost_when_endpoints_are_taken_loses_no_endpoint(own: Own, receiver: Sink) -> None:
+    await new_endpoint(own.database, receiver.url(), own.organization_id)
+    async with worker(own.url) as made:
+        real, broken = made._workload._load, [True]
+
+        async def load(endpoint_ids: list[str]) -> int:
+            if broken and broken.pop():
+                raise OSError("the connection is gone")
+            return await real(endpoint_ids)
+
+        made._workload._load = load
+        ids = await publish_many(own.database, [own.organization_id] * 3)
+        await eventually(lambda: receiver.counts.keys() == set(ids))
+        assert not broken

@@ -126,9 +126,10 @@ class Dispatcher:
         except Exception:  # noqa: BLE001 - ours to mend; the delivery is tried again as after any failure
             _log.exception("webhooks.attempt_broke", endpoint_id=target.endpoint_id, delivery_id=due.delivery_id)
             outcome = Outcome(None, "an error of ours", 0, None, None, self._clock.now(), is_ours=True)
-        lane.finish(outcome, self._clock.now())
+        is_current = lane.is_current(target)
+        lane.finish(outcome, self._clock.now(), target)
         self._stats.attempted(outcome)
-        self._done(lane, conclude(due, outcome))
+        self._done(lane, conclude(due, outcome, is_current=is_current))
 
     def _finished(self, lane: Lane, due: Due, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -248,6 +248,8 @@ async def locked_endpoint(
         WebhookEndpointRow.id == endpoint_id,
         WebhookEndpointRow.deleted_at.is_(None),
     )
+    # A row that the session has read before is not what it is now.
+    query = query.execution_options(populate_existing=True)
     row = await session.scalar(query if is_read else query.with_for_update())
     if row is None:
         raise WebhookNotFound("endpoint")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from core.database import Database
 from core.plain_sql import fetch
-from webhooks.interests import Interest, is_wanted
+from webhooks.interests import Breather, Candidate, Interest, is_wanted
 
 BATCH_EVENTS: Final = 500
 _CLAIM: Final = """
@@ -54,11 +54,14 @@ async def fan_out(database: Database) -> int:
         interests: dict[str, list[Interest]] = defaultdict(list)
         for row in await fetch(session, _ENDPOINTS, sorted({event.organization_id for event in events})):
             interests[row.organization_id].append(Interest(row.id, row.event_types, row.filter))
-        due = [
-            (delivery_id(endpoint_id, event.id), event.organization_id, endpoint_id, event.id, event.type)
-            for event in events
-            for endpoint_id in _recipients(event, interests[event.organization_id])
-        ]
+        due: list[tuple[str, str, str, str, str]] = []
+        breather = Breather()
+        for event in events:
+            due += [
+                (delivery_id(endpoint_id, event.id), event.organization_id, endpoint_id, event.id, event.type)
+                for endpoint_id in _recipients(event, interests[event.organization_id])
+            ]
+            await breather.breathe()
         columns = [list(column) for column in zip(*due, strict=True)] or [[], [], [], [], []]
         await fetch(session, _DELIVER, [event.id for event in events], *columns)
     return len(events)
@@ -68,4 +71,5 @@ def _recipients(event: Any, interests: list[Interest]) -> list[str]:
     """Return the endpoints that an event goes to. One for an endpoint alone was asked for: no filter holds it back."""
     if event.endpoint_id is not None:
         return [one.endpoint_id for one in interests if one.endpoint_id == event.endpoint_id]
-    return [one.endpoint_id for one in interests if is_wanted(one, event.type, event.data)]
+    candidate = Candidate(event.type, event.data)
+    return [one.endpoint_id for one in interests if is_wanted(one, candidate)]

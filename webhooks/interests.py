@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -12,6 +14,7 @@ from webhooks.filters import matches
 
 _ABOUT_ONE: Final = frozenset({EndpointFailing.type, EndpointDisabled.type})
 """Types that tell of an endpoint: the others of the organization hear of it, and not itself."""
+_BREATH_SECONDS: Final = 0.005
 
 
 class Interest(NamedTuple):
@@ -22,13 +25,37 @@ class Interest(NamedTuple):
     filter: str | None
 
 
-def is_wanted(interest: Interest, event_type: str, data: str) -> bool:
-    """Tell whether an event goes to an endpoint. *data* is JSON, and decoded only where it matters."""
-    if not wants(interest.event_types, event_type):
+class Candidate:
+    """An event that endpoints are asked about. Its data, JSON, is decoded once, and only if somebody filters."""
+
+    def __init__(self, event_type: str, data: str) -> None:
+        self.type = event_type
+        self._data = data
+
+    @cached_property
+    def data(self) -> Any:
+        """The data as filters see it."""
+        return msgspec.json.decode(self._data)
+
+
+def is_wanted(interest: Interest, event: Candidate) -> bool:
+    """Tell whether an event goes to an endpoint."""
+    if not wants(interest.event_types, event.type):
         return False
-    if interest.filter is None and event_type not in _ABOUT_ONE:
-        return True
-    decoded = msgspec.json.decode(data)
-    if event_type in _ABOUT_ONE and decoded.get("endpoint_id") == interest.endpoint_id:
+    if event.type in _ABOUT_ONE and event.data.get("endpoint_id") == interest.endpoint_id:
         return False
-    return matches(interest.filter, decoded)
+    return interest.filter is None or matches(interest.filter, event.data)
+
+
+class Breather:
+    """Lets the event loop do other things whenever customers' filters have had it for a while."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._since = self._loop.time()
+
+    async def breathe(self) -> None:
+        """Return at once, or when everybody else had a turn."""
+        if self._loop.time() - self._since > _BREATH_SECONDS:
+            await asyncio.sleep(0)
+            self._since = self._loop.time()

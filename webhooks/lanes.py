@@ -86,14 +86,15 @@ class Lane:
     def begin(self, monotonic: float) -> Due:
         """Return the next delivery: it is under way from now on."""
         self.in_flight += 1
+        self.idle_since = None
         if self.target.requests_per_second is not None:
             self._next_at = max(self._next_at, monotonic) + 1 / self.target.requests_per_second
         return self.buffer.popleft()
 
-    def finish(self, outcome: Outcome, now: datetime) -> None:
-        """Take note of what came of an attempt."""
+    def finish(self, outcome: Outcome, now: datetime, target: Target | None = None) -> None:
+        """Take note of what came of an attempt. What came of *target*, if it is not what is sent to now, is no news."""
         self.in_flight -= 1
-        if outcome.is_ours:
+        if outcome.is_ours or not self.is_current(target):
             return
         self.is_unsaved = True
         if outcome.problem is None:
@@ -108,6 +109,22 @@ class Lane:
         if self.is_resting(now) and outcome.status != 410:
             return  # it was under way when the rest began: that is no news
         self.health = after_failure(self.health, outcome.status, outcome.retry_after_seconds, now)
+
+    def is_current(self, target: Target | None) -> bool:
+        """Tell whether *target* is still what is sent to: not enabled anew, or at another address."""
+        return target is None or target.enabled_at == self.target.enabled_at
+
+    def become(self, target: Target, health: Health) -> None:
+        """Send as *target* says from now on. *health* is of an endpoint that was enabled anew; else this lane knows."""
+        if not self.is_current(target):
+            self.health, self.said_percent = health, health.warned_percent
+        self.target = target
+
+    def come_back(self, target: Target, health: Health) -> None:
+        """Be this worker's again, with what is still under way from before."""
+        self.target, self.health, self.said_percent = target, health, health.warned_percent
+        self.is_left = self.is_leaving = self.is_exhausted = self.is_unsaved = False
+        self.idle_since = self.timer = None
 
     def forget_buffer(self) -> None:
         """Let go of what is not under way; it stays due."""

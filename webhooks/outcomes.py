@@ -66,15 +66,18 @@ class Recorded(NamedTuple):
     step: int
 
 
-def conclude(due: Due, outcome: Outcome) -> Recorded:
-    """Return what an attempt means for its delivery: done, another time, or given up."""
+def conclude(due: Due, outcome: Outcome, *, is_current: bool = True) -> Recorded:
+    """Return what an attempt means for its delivery: done, another time, or given up.
+
+    Without *is_current* it was sent to where the endpoint no longer is: that this one is gone ends nothing.
+    """
     if outcome.is_ours:
         return Recorded(new_id("wat"), due, outcome, "pending", _OURS_PAUSE_SECONDS, due.step)
     step = due.step + 1
     state, pause = "succeeded", None
     if outcome.problem is not None:
         pause = pause_after(step, retry_after_seconds=outcome.retry_after_seconds)
-        state = "failed" if pause is None or outcome.status == 410 else "pending"
+        state = "failed" if pause is None or (outcome.status == 410 and is_current) else "pending"
     return Recorded(new_id("wat"), due, outcome, state, pause or 0.0, step)
 
 

@@ -55,8 +55,12 @@ WITH RECURSIVE waiting AS (
 )
 UPDATE webhook_endpoints e SET worker_id = $1, taken_at = now() FROM taken WHERE e.id = taken.id RETURNING e.id
 """
+# A row that somebody holds is left for the next time: nobody's recovery is to stop a worker.
 _RELEASE: Final = """
-UPDATE webhook_endpoints SET worker_id = NULL WHERE id = ANY ($1::text[]) AND worker_id = $2
+WITH mine AS (
+  SELECT id FROM webhook_endpoints WHERE id = ANY ($1::text[]) AND worker_id = $2 FOR UPDATE SKIP LOCKED
+)
+UPDATE webhook_endpoints e SET worker_id = NULL FROM mine WHERE e.id = mine.id RETURNING e.id
 """
 _LEAVE: Final = """
 WITH released AS (UPDATE webhook_endpoints SET worker_id = NULL WHERE worker_id = $1)
@@ -75,32 +79,34 @@ class Standing(NamedTuple):
 class Ownership:
     """One worker's part of the endpoints."""
 
-    def __init__(self, fetch: Fetch, worker_id: str, lease_seconds: float) -> None:
-        self._fetch = fetch
+    def __init__(self, beats: Fetch, acts: Fetch, worker_id: str, lease_seconds: float) -> None:
+        """*beats* is for being heard of alone, so that nothing holds that up; *acts* for all else."""
+        self._beats = beats
+        self._acts = acts
         self._lease = timedelta(seconds=lease_seconds)
         self._workers = 1
         self.worker_id = worker_id
 
     async def beat(self) -> Standing:
         """Say that this worker is there."""
-        row = (await self._fetch(_BEAT, self.worker_id, self._lease))[0]
+        row = (await self._beats(_BEAT, self.worker_id, self._lease))[0]
         self._workers = row["workers"]
         return Standing(row["workers"], row["taken"])
 
     async def take(self, count_max: int, known: list[str]) -> list[str]:
         """Take endpoints that are due something and that nobody has, but none of *known*; return their ids."""
         count_max = min(count_max, TAKEN_AT_ONCE_MAX)
-        rows = await self._fetch(_TAKE, self.worker_id, self._lease, self._workers, count_max, known)
+        rows = await self._acts(_TAKE, self.worker_id, self._lease, self._workers, count_max, known)
         return [row["id"] for row in rows]
 
-    async def release(self, endpoint_ids: list[str]) -> None:
-        """Leave endpoints to whoever asks next."""
-        await self._fetch(_RELEASE, endpoint_ids, self.worker_id)
+    async def release(self, endpoint_ids: list[str]) -> list[str]:
+        """Leave endpoints to whoever asks next; return those that could be left."""
+        return [row["id"] for row in await self._acts(_RELEASE, endpoint_ids, self.worker_id)]
 
     async def leave(self) -> None:
         """Leave everything: this worker ends."""
-        await self._fetch(_LEAVE, self.worker_id)
+        await self._acts(_LEAVE, self.worker_id)
 
     async def forget(self) -> None:
         """Delete what is known of workers that are long gone."""
-        await self._fetch(_FORGET)
+        await self._acts(_FORGET)

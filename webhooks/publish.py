@@ -22,8 +22,6 @@ WITH told AS (
 )
 SELECT pg_notify('aap_webhooks', '')
 """
-
-
 _WAKE: Final = "SELECT pg_notify('aap_webhooks', $1)"
 
 

@@ -21,7 +21,7 @@ from webhooks.endpoints import check_types, locked_endpoint
 from webhooks.errors import EndpointIsDisabled, TooManyDeliveries, WebhookNotFound
 from webhooks.events import EVERYTHING, MUST_BE_NAMED, UNASKED
 from webhooks.fan_out import delivery_id
-from webhooks.interests import Interest, is_wanted
+from webhooks.interests import Breather, Candidate, Interest, is_wanted
 from webhooks.publish import wake
 from webhooks.tables import WebhookEndpointRow
 
@@ -55,9 +55,9 @@ ORDER BY v.id LIMIT $5
 """
 _CHOSEN: Final = """
 SELECT id FROM webhook_deliveries
-WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND id < $4
-  AND (cardinality($5::text[]) = 0 OR event_type = ANY ($5::text[])) AND ($6::text IS NULL OR state = $6::text)
-ORDER BY id LIMIT $7
+WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND created_at >= $4 AND created_at < $5
+  AND (cardinality($6::text[]) = 0 OR event_type = ANY ($6::text[])) AND ($7::text IS NULL OR state = $7::text)
+ORDER BY id LIMIT $8
 """
 _MAKE: Final = """
 INSERT INTO webhook_deliveries (id, organization_id, endpoint_id, event_id, event_type)
@@ -106,6 +106,7 @@ async def recover(
     count = len(ids) + len(missed)
     _require_not_too_many(count)
     if not is_dry_run and count:
+        await _enabled(session, endpoint_id, organization_id=organization_id, is_read=False)
         await fetch(session, _AGAIN, ids, organization_id)
         new_ids = [delivery_id(endpoint_id, event_id) for event_id, _ in missed]
         event_ids, types = [one for one, _ in missed], [name for _, name in missed]
@@ -124,13 +125,12 @@ async def replay(
     check_types(chosen.event_types, more=UNASKED)
     await _enabled(session, endpoint_id, organization_id=organization_id)
     now = await _checked_reach(session, chosen.since)
-    start, end = id_range_start("dlv", chosen.since), id_range_start("dlv", chosen.until or now)
-    types = list(chosen.event_types)
-    rows = await fetch(
-        session, _CHOSEN, endpoint_id, organization_id, start, end, types, chosen.state, DELIVERIES_MAX + 1
-    )
+    since, until = chosen.since, chosen.until or now
+    arguments = (id_range_start("dlv", since - _LONGEST_CALL), since, until, list(chosen.event_types), chosen.state)
+    rows = await fetch(session, _CHOSEN, endpoint_id, organization_id, *arguments, DELIVERIES_MAX + 1)
     _require_not_too_many(len(rows))
     if not is_dry_run and rows:
+        await _enabled(session, endpoint_id, organization_id=organization_id, is_read=False)
         await fetch(session, _AGAIN, [row.id for row in rows], organization_id)
         await wake(session, endpoint_id)
     return len(rows)
@@ -139,19 +139,25 @@ async def replay(
 async def _never_due(session: AsyncSession, endpoint: WebhookEndpointRow, since: datetime) -> list[tuple[str, str]]:
     """Return ids and types of events that the endpoint wants and has no delivery of."""
     found: list[tuple[str, str]] = []
-    interest = Interest(endpoint.id, endpoint.event_types, endpoint.filter)
+    interest, breather = Interest(endpoint.id, endpoint.event_types, endpoint.filter), Breather()
     start = id_range_start("evt", since - _LONGEST_CALL)
     chosen = (_EVENTS_AT_ONCE, endpoint.event_types, EVERYTHING in endpoint.event_types, list(MUST_BE_NAMED))
     while True:
         rows: list[Any] = await fetch(session, _NEVER_DUE, endpoint.id, endpoint.organization_id, start, since, *chosen)
-        found += [(row.id, row.type) for row in rows if is_wanted(interest, row.type, row.data)]
+        for row in rows:
+            if is_wanted(interest, Candidate(row.type, row.data)):
+                found.append((row.id, row.type))
+            await breather.breathe()
         if len(rows) < _EVENTS_AT_ONCE or len(found) > DELIVERIES_MAX:
             return found
         start = f"{rows[-1].id}0"
 
 
-async def _enabled(session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId) -> WebhookEndpointRow:
-    row = await locked_endpoint(session, endpoint_id, organization_id=organization_id)
+async def _enabled(
+    session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId, is_read: bool = True
+) -> WebhookEndpointRow:
+    """Return an endpoint that is sent to. It is locked only to write: its worker writes to the row every second."""
+    row = await locked_endpoint(session, endpoint_id, organization_id=organization_id, is_read=is_read)
     if row.disabled_at is not None:
         raise EndpointIsDisabled
     return row

@@ -47,8 +47,11 @@ async def warn(database: Database, lane: Lane) -> None:
             await publish(session, failing, organization_id=row.organization_id)
 
 
-async def disable(database: Database, lane: Lane, reason: Reason) -> None:
-    """Disable the lane's endpoint, and tell its organization's others. Errors: those of DOWN."""
+async def disable(database: Database, lane: Lane, reason: Reason) -> bool:
+    """Disable the lane's endpoint, and tell its organization's others; False: it is another by now.
+
+    Errors: those of DOWN.
+    """
     health: Health = lane.health
     arguments: tuple[Any, ...] = (
         lane.target.endpoint_id,
@@ -59,8 +62,10 @@ async def disable(database: Database, lane: Lane, reason: Reason) -> None:
         health.consecutive_failures,
     )
     async with database.transaction() as session:
-        for row in await fetch(session, _DISABLE, *arguments):
+        rows = await fetch(session, _DISABLE, *arguments)
+        for row in rows:
             await tell_disabled(session, row, lane.target.endpoint_id, reason)
+    return bool(rows)
 
 
 async def tell_disabled(session: AsyncSession, row: Any, endpoint_id: str, reason: DisabledReason) -> None:

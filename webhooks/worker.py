@@ -44,6 +44,7 @@ _STATEMENT_SECONDS_MAX: Final = 10.0
 # Lists of ids in the arguments are hashed in a plan made for them, and compared one by one in a plan made for any:
 # 60 ms against 7 s with a thousand endpoints.
 _PLANNED_ANEW: Final = {"plan_cache_mode": "force_custom_plan"}
+_NAMED: Final = {"application_name": "aap-webhooks"}
 _RECORD_PAUSE_SECONDS: Final = 0.005
 _RECORD_ROWS_MAX: Final = 500
 _CLOSE_SECONDS_MAX: Final = 5.0
@@ -104,12 +105,14 @@ class WebhookWorker:
         self.stats = DeliveryStats()
         self._database = Database(database_url, connections_max=2)
         self._stores = WorkloadStores(
-            _writer(database_url, _PLANNED_ANEW),
-            _writer(database_url),
-            _writer(database_url, _PLANNED_ANEW),
-            self._database,
+            reads=_writer(database_url, _PLANNED_ANEW),
+            records=_writer(database_url),
+            beats=_writer(database_url),
+            keeps=_writer(database_url),
+            database=self._database,
         )
-        self._ownership = Ownership(self._stores.beats.fetch, new_id("whw"), self._pace.lease_seconds)
+        stores = self._stores
+        self._ownership = Ownership(stores.beats.fetch, stores.reads.fetch, new_id("whw"), self._pace.lease_seconds)
         self._workload = Workload(self._stores, self._ownership, parts.sealer, clock)
         self._dispatcher = Dispatcher(
             parts.sender, parts.policy, clock, stats=self.stats, done=self._note, may_begin=self._is_heard_of
@@ -124,6 +127,8 @@ class WebhookWorker:
         self._events = asyncio.Event()
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
+        self._verdicts = asyncio.Event()
+        self._surplus = 0
 
     async def run(self) -> None:
         """Work until cancelled; then finish what is under way, within bounds, and leave the endpoints to others."""
@@ -131,6 +136,7 @@ class WebhookWorker:
         self._records.start()
         acts: tuple[tuple[Callable[[], Awaitable[Any]], asyncio.Event | None, float], ...] = (
             (self.beat, self._urgent, pace.beat_seconds),
+            (self.keep, self._verdicts, pace.beat_seconds),
             (self.spread, self._events, pace.spread_seconds),
             (self.look, self._due, pace.poll_seconds),
             (self.tidy, None, pace.tidy_seconds),
@@ -147,17 +153,20 @@ class WebhookWorker:
             await self._close()
 
     async def beat(self) -> None:
-        """Say that this worker is there; write how its endpoints are doing, and leave those that others should have."""
+        """Say that this worker is there, and see which endpoints are still its own. Nobody's lock holds this up."""
         begun_at = self._clock.monotonic_seconds()
-        standing = await self._ownership.beat()
+        self._surplus = self._surplus_of(await self._ownership.beat())
         await self._workload.check()
         # Only now: what it had before a pause may be others' by this time.
         self._heard_until = begun_at + self._pace.lease_seconds - self._pace.beat_seconds
-        await self._workload.judge()
-        await self._workload.save()
-        await self._workload.release(self._surplus(standing))
         # What was due later may be due by now.
         self._look_everywhere()
+
+    async def keep(self) -> None:
+        """Write how endpoints are doing, leave those that others should have, and carry out verdicts."""
+        await self._workload.save()
+        await self._workload.release(len(self._workload) if self._is_closing else self._surplus)
+        await self._workload.judge()
 
     async def spread(self) -> int:
         """Make the deliveries of events that have none yet; return how many events there were."""
@@ -221,7 +230,7 @@ class WebhookWorker:
     def _note(self, lane: Lane, recorded: Recorded) -> None:
         self._records.add((lane, recorded))
         if lane.health.disabled_for is not None:
-            self._urgent.set()
+            self._verdicts.set()
         if lane.is_hungry:
             self._due.set()
 
@@ -230,13 +239,10 @@ class WebhookWorker:
         if any(lane.is_hungry for lane, _ in recorded):
             self._due.set()
 
-    def _surplus(self, standing: Standing) -> int:
-        if self._is_closing:
-            return len(self._workload)
-        share = math.ceil(standing.taken / standing.workers)
-        surplus = len(self._workload) - share
+    def _surplus_of(self, standing: Standing) -> int:
+        surplus = len(self._workload) - math.ceil(standing.taken / standing.workers)
         # One too many is no reason to hand endpoints back and forth.
-        return surplus if surplus > 1 else 0
+        return surplus if surplus > 1 and standing.workers > 1 else 0
 
     async def _forever(
         self, act: Callable[[], Awaitable[Any]], wake: asyncio.Event | None, pause_seconds: float
@@ -265,10 +271,12 @@ class WebhookWorker:
     async def _close(self) -> None:
         # Heard of until the last attempt has ended, so that nobody sends beside it; what has none is left at once.
         self._is_closing = True
-        beating = asyncio.create_task(self._forever(self.beat, None, self._pace.beat_seconds))
+        acts = (self.beat, self.keep)
+        ending = [asyncio.create_task(self._forever(act, None, self._pace.beat_seconds)) for act in acts]
         await self._dispatcher.close(self._pace.drain_seconds)
-        beating.cancel()
-        await asyncio.gather(beating, return_exceptions=True)
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
         left = await self._records.close(_CLOSE_SECONDS_MAX)
         if left:
             _log.warning("webhooks.attempts_not_recorded", count=left)
@@ -278,10 +286,10 @@ class WebhookWorker:
                 await self._ownership.leave()
         except (*DOWN, TimeoutError) as error:
             _log.warning("webhooks.not_left", error=type(error).__name__)
-        for writer in (self._stores.reads, self._stores.records, self._stores.beats):
+        for writer in (self._stores.reads, self._stores.records, self._stores.beats, self._stores.keeps):
             await writer.close()
         await self._database.close()
 
 
 def _writer(url: str, planning: Mapping[str, str] | None = None) -> Writer:
-    return Writer(url, statement_seconds_max=_STATEMENT_SECONDS_MAX, planning=planning)
+    return Writer(url, statement_seconds_max=_STATEMENT_SECONDS_MAX, planning={**_NAMED, **(planning or {})})

@@ -12,10 +12,11 @@ from core.sealing import Sealer
 from core.writer import Writer
 from webhooks import verdicts
 from webhooks.dispatch import Dispatcher
+from webhooks.health import Health
 from webhooks.lanes import Lane
 from webhooks.outcomes import Due, Recorded, record
 from webhooks.ownership import Ownership
-from webhooks.targets import load
+from webhooks.targets import Target, load
 
 # Ownership is looked at in the same statement: who has lost an endpoint finds nothing due there.
 _FETCH: Final = """
@@ -37,6 +38,10 @@ SELECT id, updated_at FROM webhook_endpoints
 WHERE id = ANY ($1::text[]) AND worker_id = $2 AND disabled_at IS NULL AND deleted_at IS NULL
 """
 _SAVE: Final = """
+WITH mine AS (
+  -- A row that somebody holds is left for the next time.
+  SELECT id FROM webhook_endpoints WHERE id = ANY ($1::text[]) AND worker_id = $9 FOR UPDATE SKIP LOCKED
+)
 UPDATE webhook_endpoints e SET
   failing_since = s.failing_since, consecutive_failures = s.consecutive_failures,
   resting_until = now() + make_interval(secs => s.rest_seconds),
@@ -49,7 +54,9 @@ FROM unnest(
 ) AS s (
   id, enabled_at, failing_since, consecutive_failures, rest_seconds, warned_percent, last_success_at, last_problem
 )
-WHERE e.id = s.id AND e.enabled_at = s.enabled_at AND e.worker_id = $9
+JOIN mine USING (id)
+WHERE e.id = s.id AND e.enabled_at = s.enabled_at
+RETURNING e.id
 """
 _IDLE_SECONDS: Final = 5.0
 _UNREADABLE_SECONDS: Final = 30.0
@@ -58,11 +65,12 @@ ENDPOINTS_MAX: Final = 2_000
 
 
 class WorkloadStores(msgspec.Struct, frozen=True):
-    """Connections: of the fetches, of what comes of attempts, of being heard of; and a pool for what is rare."""
+    """Connections for what must not wait for each other; *keeps* is for how endpoints do, the pool for what is rare."""
 
     reads: Writer
     records: Writer
     beats: Writer
+    keeps: Writer
     database: Database
 
 
@@ -77,6 +85,8 @@ class Workload:
         self._looks = 0
         self._unreadable: dict[str, float] = {}
         """Endpoints whose secrets this worker cannot open, and until when it leaves them to others."""
+        self._left: dict[str, Lane] = {}
+        """Lanes that were let go of with attempts under way: should they come back, those count."""
         self.lanes: dict[str, Lane] = {}
 
     def look_everywhere(self) -> None:
@@ -97,7 +107,7 @@ class Workload:
         now = self._clock.monotonic_seconds()
         self._unreadable = {one: until for one, until in self._unreadable.items() if until > now}
         taken = await self._ownership.take(room, [*self.lanes, *self._unreadable])
-        return await self._load(taken) if taken else 0
+        return await self._load(taken, are_taken=True) if taken else 0
 
     async def refill(self, dispatcher: Dispatcher) -> int:
         """Fetch what is due at lanes that run low, and have it sent; return how much it was. Errors: those of DOWN."""
@@ -106,6 +116,7 @@ class Workload:
         if not hungry:
             self._serve_all(dispatcher)
             return 0
+        asked = {lane.target.endpoint_id: lane for lane in hungry}
         rooms = {lane.target.endpoint_id: lane.room for lane in hungry}
         busy = [delivery_id for lane in hungry for delivery_id in lane.busy]
         rows = await self._stores.reads.fetch(
@@ -116,9 +127,9 @@ class Workload:
             await self._load(list(changed))
         found = dict.fromkeys(rooms, 0)
         for row in rows:
-            lane = self.lanes.get(row["endpoint_id"])
+            lane = asked[row["endpoint_id"]]
             found[row["endpoint_id"]] += 1
-            if lane is not None and not lane.is_leaving and row["id"] not in lane.busy:
+            if not lane.is_left and not lane.is_leaving and row["id"] not in lane.busy:
                 lane.busy.add(row["id"])
                 lane.buffer.append(Due(*list(row.values())[:8]))
         for lane in hungry:
@@ -167,8 +178,8 @@ class Workload:
         due = [lane for lane in self.lanes.values() if lane.is_to_be_judged]
         for lane in due[:_VERDICTS_AT_ONCE]:
             if lane.health.disabled_for is not None:
-                await verdicts.disable(self._stores.database, lane, lane.health.disabled_for)
-                self._drop(lane.target.endpoint_id)
+                if await verdicts.disable(self._stores.database, lane, lane.health.disabled_for):
+                    self._drop(lane.target.endpoint_id)
             else:
                 await verdicts.warn(self._stores.database, lane)
                 lane.said_percent = lane.health.warned_percent
@@ -181,8 +192,9 @@ class Workload:
         now = self._clock.now()
         for lane in lanes:
             lane.is_unsaved = False
+        saved: set[str] = set()
         try:
-            await self._stores.beats.fetch(
+            rows = await self._stores.keeps.fetch(
                 _SAVE,
                 [lane.target.endpoint_id for lane in lanes],
                 [lane.target.enabled_at for lane in lanes],
@@ -194,10 +206,10 @@ class Workload:
                 [lane.last_problem for lane in lanes],
                 self._ownership.worker_id,
             )
-        except BaseException:
+            saved = {row["id"] for row in rows}
+        finally:
             for lane in lanes:
-                lane.is_unsaved = True
-            raise
+                lane.is_unsaved = lane.is_unsaved or lane.target.endpoint_id not in saved
 
     async def release(self, surplus: int) -> None:
         """Leave endpoints that rest or have nothing to do, and *surplus* more, to whoever asks next."""
@@ -213,7 +225,7 @@ class Workload:
                 lane.idle_since = None
                 continue
             lane.idle_since = lane.idle_since or monotonic
-            is_idle = lane.is_exhausted and monotonic - lane.idle_since >= _IDLE_SECONDS
+            is_idle = monotonic - lane.idle_since >= _IDLE_SECONDS
             if lane.is_leaving or lane.is_resting(now) or is_idle:
                 left.append(endpoint_id)
         if not left:
@@ -221,28 +233,34 @@ class Workload:
         for endpoint_id in left:
             # Nothing more is fetched for it meanwhile.
             self.lanes[endpoint_id].is_leaving = True
-        await self._ownership.release(left)
-        for endpoint_id in left:
+        for endpoint_id in await self._ownership.release(left):
             self._drop(endpoint_id)
+        self._left = {endpoint_id: lane for endpoint_id, lane in self._left.items() if lane.busy}
 
     def __len__(self) -> int:
         return len(self.lanes)
 
-    async def _load(self, endpoint_ids: list[str]) -> int:
+    async def _load(self, endpoint_ids: list[str], *, are_taken: bool = False) -> int:
+        """Load endpoints; only those that *are_taken* get a lane. Others may have been let go of meanwhile."""
         loaded, broken = await load(
             self._stores.reads.fetch, endpoint_ids, self._ownership.worker_id, self._sealer, self._clock
         )
         for target, health in loaded:
             lane = self.lanes.get(target.endpoint_id)
-            if lane is None:
-                self.lanes[target.endpoint_id] = Lane(target, health)
-            else:
-                if target.enabled_at != lane.target.enabled_at:
-                    lane.health, lane.said_percent = health, health.warned_percent
-                lane.target = target
+            if lane is not None:
+                lane.become(target, health)
+            elif are_taken:
+                self.lanes[target.endpoint_id] = self._lane(target, health)
         if broken:
             await self._leave_to_others(broken)
         return len(loaded)
+
+    def _lane(self, target: Target, health: Health) -> Lane:
+        left = self._left.pop(target.endpoint_id, None)
+        if left is None or not left.busy:
+            return Lane(target, health)
+        left.come_back(target, health)
+        return left
 
     async def _leave_to_others(self, endpoint_ids: list[str]) -> None:
         """Release endpoints that this worker cannot sign for: another may have the key."""
@@ -261,5 +279,7 @@ class Workload:
         if lane is not None:
             lane.forget_buffer()
             lane.is_left = True
+            if lane.busy:
+                self._left[endpoint_id] = lane
             if lane.timer is not None:
                 lane.timer.cancel()

@@ -51,15 +51,18 @@ class Sink:
     arrivals: dict[str, list[Arrival]] = field(default_factory=lambda: defaultdict(list))
     """By path; only where `keeps` says so."""
     answers: dict[str, Answer] = field(default_factory=dict)
-    delays: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """By path: from an event's time to its arrival, in seconds."""
     keeps: bool = True
     open_connections: int = 0
-    busy_max: Counter[str] = field(default_factory=Counter)
-    """By path: the most that were under way at once, where answers are late."""
+    waiting: dict[str, list[asyncio.Transport]] = field(default_factory=lambda: defaultdict(list))
+    """By path: connections that wait for an answer."""
 
     def url(self, path: str = "/hook") -> str:
         return f"http://127.0.0.1:{self.port}{path}"
+
+    def answer_late(self, path: str, answer: bytes) -> None:
+        """Answer what waits at *path* for an answer."""
+        for transport in self.waiting.pop(path, []):
+            transport.write(answer)
 
     def take(self, arrival: Arrival) -> bytes | None:
         if self.keeps:
@@ -94,7 +97,9 @@ class _Connection(asyncio.Protocol):
             body, self._unread = self._unread[end + 4 : whole], self._unread[whole:]
             path = head.split(b" ", 2)[1].decode()
             answer = self._sink.take(Arrival(path, head, body, time.time()))
-            if answer is not None:
+            if answer is None:
+                self._sink.waiting[path].append(self._transport)
+            else:
                 self._transport.write(answer)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from core.clock import SystemClock
+from core.ids import id_range_start
 from core.plain_sql import fetch
 from keys.lifecycle import NewKey
 from keys.tenants import create_project
@@ -19,8 +20,9 @@ from tests.harness.webhook_sink import Arrival, Sink, status
 from tests.webhooks.conftest import Own
 from webhooks import key_acts
 from webhooks.dispatch import Dispatcher
-from webhooks.endpoints import EndpointChange, get_endpoint, update_endpoint
+from webhooks.endpoints import EndpointChange, disable_endpoint, enable_endpoint, get_endpoint, update_endpoint
 from webhooks.housekeeping import delete_old
+from webhooks.resend import Replay, recover, replay
 from webhooks.worker import Pace
 
 
@@ -178,12 +180,90 @@ async def test_an_answer_that_is_lost_when_endpoints_are_taken_loses_no_endpoint
     async with worker(own.url) as made:
         real, broken = made._workload._load, [True]
 
-        async def load(endpoint_ids: list[str]) -> int:
+        async def load(*arguments: Any, **more: Any) -> int:
             if broken and broken.pop():
                 raise OSError("the connection is gone")
-            return await real(endpoint_ids)
+            return await real(*arguments, **more)
 
         made._workload._load = load
         ids = await publish_many(own.database, [own.organization_id] * 3)
         await eventually(lambda: receiver.counts.keys() == set(ids))
         assert not broken
+
+
+async def test_whoever_holds_an_endpoints_row_stops_no_worker(own: Own, receiver: Sink) -> None:
+    held, _ = await new_endpoint(own.database, receiver.url("/held"), own.organization_id)
+    other = await own.new_organization()
+    await new_endpoint(own.database, receiver.url("/well"), other)
+    async with worker(own.url, pace=Pace(beat_seconds=0.1, lease_seconds=1.0, drain_seconds=0.5)):
+        await publish_many(own.database, [own.organization_id, other])
+        await eventually(lambda: len(receiver.counts) == 2)
+        async with own.database.transaction() as session:
+            await fetch(session, "SELECT id FROM webhook_endpoints WHERE id = $1 FOR UPDATE", held.id)
+            # Something to write down of it, and longer than a lease.
+            await publish_many(own.database, [own.organization_id])
+            await moment(2.0)
+            (later,) = await publish_many(own.database, [other])
+            await eventually(lambda: later in receiver.counts, 2)
+
+
+async def test_an_answer_from_where_it_was_says_nothing_of_where_it_is(own: Own, receiver: Sink) -> None:
+    gone = asyncio.Event()
+    view, _ = await new_endpoint(own.database, receiver.url("/old"), own.organization_id)
+    receiver.answers["/old"] = lambda _: gone.set()
+    async with worker(own.url, pace=Pace(beat_seconds=0.1, drain_seconds=0.5)) as made:
+        (event_id,) = await publish_many(own.database, [own.organization_id])
+        await asyncio.wait_for(gone.wait(), 5)
+        async with own.database.transaction() as session:
+            change = EndpointChange(url=receiver.url("/new"))
+            await update_endpoint(session, view.id, change, POLICY, SEALER, organization_id=own.organization_id)
+        lane = made._workload.lanes[view.id]
+        await eventually(lambda: lane.target.url.endswith("/new"))
+        receiver.answer_late("/old", status(410))
+        await eventually(lambda: _attempted(own, 1))
+        await sql(own, "UPDATE webhook_deliveries SET due_at = now() WHERE state = 'pending'")
+        await eventually(lambda: receiver.counts[event_id])
+    assert [arrival.headers["webhook-id"] for arrival in receiver.arrivals["/new"]] == [event_id]
+    async with own.database.transaction() as session:
+        found = await get_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+    assert found.status == "enabled"
+
+
+async def test_an_endpoint_that_comes_back_counts_what_is_still_under_way(own: Own, receiver: Sink) -> None:
+    held: list[Arrival] = []
+    receiver.answers["/hook"] = held.append
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    async with worker(own.url, pace=Pace(beat_seconds=0.1, drain_seconds=0.5)) as made:
+        await publish_many(own.database, [own.organization_id] * 2)
+        await eventually(lambda: len(held) == 2)
+        async with own.database.transaction() as session:
+            await disable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+        await eventually(lambda: not made._workload.lanes)
+        async with own.database.transaction() as session:
+            await enable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+            await fetch(session, "UPDATE webhook_deliveries SET state = 'pending', due_at = now()")
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: made._workload.lanes)
+        await moment(0.5)
+        assert (len(held), made._dispatcher.in_flight) == (2, 2)
+
+
+async def test_a_replay_finds_what_was_told_since_however_old_it_is(own: Own, receiver: Sink) -> None:
+    """A call's event is as old, by its id, as the call's beginning."""
+    now = SystemClock().now()
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    event_id = id_range_start("evt", now - timedelta(hours=1)) + "0" * 16
+    await sql(
+        own,
+        "INSERT INTO webhook_events (id, organization_id, type, data) VALUES ($1, $2, 'key.created', '{}')",
+        event_id,
+        own.organization_id,
+    )
+    async with worker(own.url):
+        await eventually(lambda: sql(own, "SELECT id FROM webhook_deliveries WHERE state = 'succeeded'"))
+        async with own.database.transaction() as session:
+            chosen = Replay(since=now - timedelta(minutes=1))
+            owner = own.organization_id
+            assert await replay(session, view.id, chosen, organization_id=owner, is_dry_run=False) == 1
+            assert await recover(session, view.id, chosen.since, organization_id=owner, is_dry_run=True) == 1
+        await eventually(lambda: receiver.counts[event_id] == 2)

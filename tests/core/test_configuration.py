@@ -193,7 +193,7 @@ class TestProblems:
         assert unknown_names(["zzz", "known"], ["known"], "at.") == ["at.zzz: unknown"]
 
     def test_limits_left_out_are_the_defaults(self) -> None:
-        _, limits, _ = parse({}, {})
+        limits = parse({}, {}).limits
         assert limits.organization == DEFAULT_ORGANIZATION_LIMITS
         assert limits.key == limits.project == RateLimits()
 

@@ -38,7 +38,7 @@ class TestImportLitellm:
         )
         assert (report.models, report.ignored) == (2, [])
         assert report.variables == ["AZURE_KEY", "OPENAI_KEY", "ROUTER_KEY"]
-        catalog, limits, _ = parse(tomllib.loads(report.toml), dict.fromkeys(report.variables, "x"))
+        catalog, limits, *_ = parse(tomllib.loads(report.toml), dict.fromkeys(report.variables, "x"))
         first, second = catalog.models["gpt"].deployments
         assert (first.model, first.weight, first.provider.settings.kind) == ("gpt-4o", 2, "openai")
         assert (second.model, second.deadlines.first_byte_seconds) == ("deployed", 30)
@@ -59,13 +59,13 @@ class TestImportLitellm:
             entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="sk-2"), entry("openai/c", api_key="sk-1")
         )
         assert len(report.variables) == 2
-        catalog, _, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
+        catalog = parse(tomllib.loads(report.toml), {name: name for name in report.variables}).catalog
         a, b, c = (deployment.provider for deployment in catalog.models["m"].deployments)
         assert a.api_key == c.api_key != b.api_key
 
     def test_a_variable_that_the_file_names_is_not_taken_for_an_inline_secret(self) -> None:
         report = converted(entry("openai/a", api_key="sk-1"), entry("openai/b", api_key="os.environ/OPENAI_API_KEY"))
-        catalog, _, _ = parse(tomllib.loads(report.toml), {name: name for name in report.variables})
+        catalog = parse(tomllib.loads(report.toml), {name: name for name in report.variables}).catalog
         a, b = (deployment.provider.api_key for deployment in catalog.models["m"].deployments)
         assert a != b == "OPENAI_API_KEY"
 

@@ -121,7 +121,7 @@ async def test_nothing_outlives_a_supervisor_that_is_killed(workdir: Path) -> No
 
     async def started() -> list[int]:
         ours = [pid for pid, line in await children(serving.process.pid) if "-m gateway." in line]
-        return ours if len(ours) == 3 else []
+        return ours if len(ours) == 4 else []
 
     ours = await eventually(started)
     serving.process.kill()

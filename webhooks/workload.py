@@ -221,7 +221,8 @@ class Workload:
             surplus -= 1
             if lane.is_leaving or lane.is_resting(now):
                 lane.forget_buffer()
-            if lane.busy or lane.is_unsaved:
+            # A verdict that is not carried out yet would be forgotten with the lane.
+            if lane.busy or lane.is_unsaved or lane.is_to_be_judged:
                 lane.idle_since = None
                 continue
             lane.idle_since = lane.idle_since or monotonic

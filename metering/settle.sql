@@ -112,7 +112,7 @@ WITH shared AS (
     'status', status, 'outcome', outcome, 'is_estimated', quality <> 'exact',
     'input_tokens', input_tokens, 'cached_input_tokens', cached_input_tokens, 'output_tokens', output_tokens,
     'reasoning_tokens', reasoning_tokens, 'charge_usd', trim_scale(charge_nano_usd::numeric / 1000000000)::text,
-    'started_at', extract(epoch FROM occurred_at)::int8, 'duration_ms', duration_ms
+    'started_at', floor(extract(epoch FROM occurred_at))::int8, 'duration_ms', duration_ms
   )
   FROM entered JOIN listened USING (organization_id)
   WHERE kind = 'usage' AND seq = 0 AND operation IN ('chat', 'text_completion')

@@ -48,7 +48,7 @@ _CONTROL_OR_SPACE: Final = re.compile(r"[\x00-\x20\x7f-\xa0\\]")
 _HOST_NAME: Final = re.compile(r"(?!-)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 _NUMBER: Final = re.compile(r"0x[0-9a-f]*|[0-9]+")
 _TARGET: Final = re.compile(r"/[\x21-\x22\x24-\x7e]*")
-_LOOKUP_THREADS: Final = 64
+_LOOKUP_THREADS: Final = 256
 
 
 class EgressRefused(Exception):

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import asyncpg
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,7 +18,7 @@ from core.database import Database
 from core.migrations import upgrade
 from core.settings import Pepper, load
 from tests.harness.provider import FakeProvider, answer, chat_answer
-from tests.harness.stores import TestStores, with_database, with_redis_database
+from tests.harness.stores import TestStores, new_database, with_redis_database
 from tests.harness.tenant import Tenant, new_tenant
 
 _running = ExitStack()
@@ -45,23 +44,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-async def stores(worker_id: str) -> TestStores:
+async def template(worker_id: str) -> AsyncIterator[str]:
+    """The name of a database that holds the schema, and that nobody is connected to."""
+    name = f"template_{worker_id}"
+    async with new_database(os.environ[_DATABASE], name) as url:
+        database = Database(url, connections_max=1)
+        await upgrade(database)
+        await database.close()
+        yield name
+
+
+@pytest.fixture(scope="session")
+async def stores(worker_id: str, template: str) -> AsyncIterator[TestStores]:
     """This worker's own, empty, migrated stores."""
     number = 0 if worker_id == "master" else int(worker_id.removeprefix("gw")) + 1
-    name = f"test_{worker_id}"
-    server_url = os.environ[_DATABASE]
-    connection = await asyncpg.connect(server_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    await connection.close()
-    own = TestStores(with_database(server_url, name), with_redis_database(os.environ[_REDIS], number), PEPPER)
-    database = Database(own.database_url, connections_max=1)
-    await upgrade(database)
-    await database.close()
-    redis = Redis.from_url(own.redis_url)
-    await redis.flushdb()
-    await redis.aclose()
-    return own
+    async with new_database(os.environ[_DATABASE], f"test_{worker_id}", template) as url:
+        own = TestStores(url, with_redis_database(os.environ[_REDIS], number), PEPPER)
+        redis = Redis.from_url(own.redis_url)
+        await redis.flushdb()
+        await redis.aclose()
+        yield own
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from core.ids import OrganizationId
 from core.plain_sql import fetch
 from webhooks.errors import WebhookNotFound
 from webhooks.events import body_of
-from webhooks.tables import WebhookAttemptRow, WebhookDeliveryRow, WebhookEventRow
+from webhooks.tables import WebhookAttemptRow, WebhookDeliveryRow, WebhookEndpointRow, WebhookEventRow
 
 State = Literal["pending", "succeeded", "failed"]
 # Endpoint by endpoint along its index: an organization's page costs as many short scans as it has endpoints, and not a
@@ -105,7 +105,7 @@ async def get_delivery(session: AsyncSession, delivery_id: str, *, organization_
             WebhookDeliveryRow.organization_id == organization_id, WebhookDeliveryRow.id == delivery_id
         )
     )
-    if row is None:
+    if row is None or await _is_deleted(session, row.endpoint_id, organization_id=organization_id):
         raise WebhookNotFound("delivery")
     # As text: the very bytes that are signed.
     events = await session.execute(
@@ -125,6 +125,18 @@ async def get_delivery(session: AsyncSession, delivery_id: str, *, organization_
     if event is not None:
         body = body_of(row.event_id, row.event_type, event.created_at, event.data.encode())
     return DeliveryDetails(delivery=_view(row), body=body, attempts=[_attempt(one) for one in attempts])
+
+
+async def _is_deleted(session: AsyncSession, endpoint_id: str, *, organization_id: OrganizationId) -> bool:
+    """Tell whether nothing of an endpoint is shown any more, though a worker has not deleted all of it yet."""
+    found = await session.scalar(
+        select(WebhookEndpointRow.id).where(
+            WebhookEndpointRow.organization_id == organization_id,
+            WebhookEndpointRow.id == endpoint_id,
+            WebhookEndpointRow.deleted_at.is_(None),
+        )
+    )
+    return found is None
 
 
 def _view(row: Any) -> DeliveryView:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Final
 
 import msgspec
+import structlog
 from msgspec import UNSET, UnsetType
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from core.egress import EgressPolicy, EgressRefused, check_url
 from core.http1.messages import CLIENT_HEADERS, TOKEN
 from core.ids import OrganizationId, new_id
-from core.sealing import Sealer
+from core.sealing import SealBroken, Sealer
 from webhooks.errors import (
     EndpointIsDisabled,
     EndpointUrlInvalid,
@@ -38,6 +39,7 @@ ENDPOINTS_MAX: Final = 50
 HEADERS_MAX: Final = 20
 _HEADER_CHARACTERS_MAX: Final = 4_096
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*")
+_log = structlog.get_logger(__name__)
 # Ours to set; `webhook-…` is what receivers verify by.
 _OUR_HEADERS: Final = {"content-type", "content-encoding", "accept", "user-agent", *map(bytes.decode, CLIENT_HEADERS)}
 
@@ -77,7 +79,8 @@ class EndpointView(msgspec.Struct, frozen=True, kw_only=True):
     description: str
     event_types: list[str]
     filter: str | None
-    header_names: list[str]
+    header_names: list[str] | None
+    """None: it has headers, and they cannot be unsealed."""
     requests_per_second: int | None
     is_secret_revealable: bool
     disabled_at: datetime | None
@@ -317,10 +320,16 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return checked
 
 
+def _header_names(row: WebhookEndpointRow, sealer: Sealer) -> list[str] | None:
+    try:
+        return sorted(open_headers(sealer, row.sealed_headers, organization_id=row.organization_id, endpoint_id=row.id))
+    except SealBroken as error:
+        # One endpoint's key that is gone hides neither the others nor what is to be mended of it.
+        _log.error("webhooks.headers_unreadable", endpoint_id=row.id, error=str(error))
+        return None
+
+
 def _view(row: WebhookEndpointRow, sealer: Sealer) -> EndpointView:
-    headers: Mapping[str, Any] = open_headers(
-        sealer, row.sealed_headers, organization_id=row.organization_id, endpoint_id=row.id
-    )
     return EndpointView(
         id=row.id,
         organization_id=row.organization_id,
@@ -328,7 +337,7 @@ def _view(row: WebhookEndpointRow, sealer: Sealer) -> EndpointView:
         description=row.description,
         event_types=row.event_types,
         filter=row.filter,
-        header_names=sorted(headers),
+        header_names=_header_names(row, sealer),
         requests_per_second=row.requests_per_second,
         is_secret_revealable=row.is_secret_revealable,
         disabled_at=row.disabled_at,

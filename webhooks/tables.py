@@ -89,7 +89,7 @@ class WebhookEventRow(Table):
     __tablename__ = "webhook_events"
     __table_args__ = (
         Index("ix_webhook_events_organization_id", "organization_id", "id"),
-        Index("ix_webhook_events_waiting", "id", postgresql_where=text("NOT is_fanned_out")),
+        Index("ix_webhook_events_waiting", "organization_id", "id", postgresql_where=text("NOT is_fanned_out")),
         Index("ix_webhook_events_trouble", "created_at", postgresql_where=text("type LIKE 'webhook.endpoint.%'")),
     )
 

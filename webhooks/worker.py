@@ -31,7 +31,7 @@ from core.writer import GroupCommit, Writer
 from webhooks import housekeeping
 from webhooks.attempts import Sender
 from webhooks.dispatch import Dispatcher
-from webhooks.fan_out import BATCH_EVENTS, fan_out
+from webhooks.fan_out import FanOut
 from webhooks.key_acts import tell_expiring
 from webhooks.lanes import Lane
 from webhooks.listening import listen
@@ -48,6 +48,9 @@ _NAMED: Final = {"application_name": "aap-webhooks"}
 _RECORD_PAUSE_SECONDS: Final = 0.005
 _RECORD_ROWS_MAX: Final = 500
 _CLOSE_SECONDS_MAX: Final = 5.0
+_REPLACED_OF_FULL: Final = 0.1
+"""What part of its endpoints a worker that can take no more leaves every second."""
+ENDPOINTS_MAX: Final = 2_000
 # A backlog is counted up to here: beyond, that it is long is all that matters.
 _COUNTED_MAX: Final = 100_000
 _DUE: Final = """
@@ -94,9 +97,18 @@ class WebhookWorker:
     """Delivers until cancelled."""
 
     def __init__(
-        self, database_url: str, parts: WorkerParts, *, retention: timedelta, pace: Pace | None = None
+        self,
+        database_url: str,
+        parts: WorkerParts,
+        *,
+        retention: timedelta,
+        pace: Pace | None = None,
+        endpoints_max: int = ENDPOINTS_MAX,
     ) -> None:
-        """*retention* is how long events, deliveries and attempts are kept."""
+        """*retention* is how long events, deliveries and attempts are kept.
+
+        Of more endpoints than *endpoints_max* that always have something to send, this worker has some at a time.
+        """
         clock = parts.clock
         self._url = database_url
         self._clock = clock
@@ -111,9 +123,10 @@ class WebhookWorker:
             keeps=_writer(database_url),
             database=self._database,
         )
+        self._fan_out = FanOut(self._database)
         stores = self._stores
         self._ownership = Ownership(stores.beats.fetch, stores.reads.fetch, new_id("whw"), self._pace.lease_seconds)
-        self._workload = Workload(self._stores, self._ownership, parts.sealer, clock)
+        self._workload = Workload(self._stores, self._ownership, parts.sealer, clock, endpoints_max)
         self._dispatcher = Dispatcher(
             parts.sender, parts.policy, clock, stats=self.stats, done=self._note, may_begin=self._is_heard_of
         )
@@ -171,12 +184,13 @@ class WebhookWorker:
     async def spread(self) -> int:
         """Make the deliveries of events that have none yet; return how many events there were."""
         whole = 0
-        while count := await fan_out(self._database):
-            whole += count
-            self._look_everywhere()
-            if count < BATCH_EVENTS:
-                break
-        return whole
+        while True:
+            done = await self._fan_out.once()
+            whole += done.events
+            if done.events:
+                self._look_everywhere()
+            if not done.has_more:
+                return whole
 
     async def look(self) -> int:
         """Take endpoints that nobody sends to, and fetch what is due; return how many deliveries."""
@@ -242,7 +256,11 @@ class WebhookWorker:
     def _surplus_of(self, standing: Standing) -> int:
         surplus = len(self._workload) - math.ceil(standing.taken / standing.workers)
         # One too many is no reason to hand endpoints back and forth.
-        return surplus if surplus > 1 and standing.workers > 1 else 0
+        surplus = surplus if surplus > 1 and standing.workers > 1 else 0
+        if len(self._workload) >= self._workload.endpoints_max:
+            # Endpoints that always have something to send would keep the others out: some get in line again.
+            surplus = max(surplus, math.ceil(self._workload.endpoints_max * _REPLACED_OF_FULL))
+        return surplus
 
     async def _forever(
         self, act: Callable[[], Awaitable[Any]], wake: asyncio.Event | None, pause_seconds: float

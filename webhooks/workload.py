@@ -61,7 +61,6 @@ RETURNING e.id
 _IDLE_SECONDS: Final = 5.0
 _UNREADABLE_SECONDS: Final = 30.0
 _VERDICTS_AT_ONCE: Final = 20
-ENDPOINTS_MAX: Final = 2_000
 
 
 class WorkloadStores(msgspec.Struct, frozen=True):
@@ -77,7 +76,9 @@ class WorkloadStores(msgspec.Struct, frozen=True):
 class Workload:
     """A worker's lanes."""
 
-    def __init__(self, stores: WorkloadStores, ownership: Ownership, sealer: Sealer, clock: Clock) -> None:
+    def __init__(
+        self, stores: WorkloadStores, ownership: Ownership, sealer: Sealer, clock: Clock, endpoints_max: int
+    ) -> None:
         self._stores = stores
         self._ownership = ownership
         self._sealer = sealer
@@ -88,6 +89,7 @@ class Workload:
         self._left: dict[str, Lane] = {}
         """Lanes that were let go of with attempts under way: should they come back, those count."""
         self.lanes: dict[str, Lane] = {}
+        self.endpoints_max = endpoints_max
 
     def look_everywhere(self) -> None:
         """Something may have become due anywhere."""
@@ -101,7 +103,7 @@ class Workload:
 
     async def take(self) -> int:
         """Take endpoints that are due something and that nobody sends to; return how many. Errors: those of DOWN."""
-        room = ENDPOINTS_MAX - len(self.lanes)
+        room = self.endpoints_max - len(self.lanes)
         if room <= 0:
             return 0
         now = self._clock.monotonic_seconds()

@@ -109,7 +109,8 @@ class EndpointObject(Struct, frozen=True, kw_only=True):
     description: str
     event_types: list[str]
     filter: str | None
-    header_names: list[str]
+    header_names: list[str] | None
+    """None: it has headers, and the operator's key for them is gone; they can be given anew."""
     requests_per_second: int | None
     is_secret_revealable: bool
     status: str

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-import asyncpg
 import pytest
 
 from core.database import Database
-from core.migrations import upgrade
 from tests.harness.billing import BillingPlace, billing_place
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database
 
 
 @pytest.fixture(scope="session")
-async def books_url(stores: TestStores, worker_id: str) -> AsyncGenerator[str]:
-    name = f"billing_{worker_id}"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    url = with_database(stores.database_url, name)
-    made = Database(url, connections_max=1)
-    await upgrade(made)
-    await made.close()
-    yield url
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
+async def books_url(stores: TestStores, worker_id: str, template: str) -> AsyncGenerator[str]:
+    async with new_database(stores.database_url, f"billing_{worker_id}", template) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-import asyncpg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -14,20 +13,16 @@ from sqlalchemy import Connection, text
 
 from core.database import Database, Table
 from core.migrations import configuration, expected_revision, is_current, upgrade
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database
 
 
 @pytest.fixture
 async def empty(stores: TestStores, worker_id: str) -> AsyncIterator[Database]:
     """A database with nothing in it."""
-    name = f"empty_{worker_id}"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    made = Database(with_database(stores.database_url, name), connections_max=4)
-    yield made
-    await made.close()
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
+    async with new_database(stores.database_url, f"empty_{worker_id}") as url:
+        made = Database(url, connections_max=4)
+        yield made
+        await made.close()
 
 
 async def test_an_empty_database_is_not_current_and_an_upgraded_one_is(empty: Database) -> None:

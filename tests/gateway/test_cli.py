@@ -16,15 +16,13 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from core.database import Database
-from core.migrations import upgrade
 from gateway.cli import aap as commands
 from keys import limits
 from keys.dimensions import DIMENSIONS, LIMIT_MAX
 from keys.secrets import hint, is_well_formed, mint
 from tests.harness.eventually import eventually
 from tests.harness.gateway import ROOT, free_port
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database, with_database
 
 
 class Ran(NamedTuple):
@@ -75,19 +73,10 @@ class Cli:
 
 
 @pytest.fixture
-async def aap(stores: TestStores, tmp_path: Path, worker_id: str) -> AsyncIterator[Cli]:
+async def aap(stores: TestStores, tmp_path: Path, worker_id: str, template: str) -> AsyncIterator[Cli]:
     """An installation whose database nobody else writes to."""
-    name = f"cli_{worker_id}"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    url = with_database(stores.database_url, name)
-    database = Database(url, connections_max=1)
-    await upgrade(database)
-    await database.close()
-    yield Cli(tmp_path, {**stores.environ(), "DATABASE_URL": url})
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
+    async with new_database(stores.database_url, f"cli_{worker_id}", template) as url:
+        yield Cli(tmp_path, {**stores.environ(), "DATABASE_URL": url})
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
 
 from core.settings import Pepper
 
@@ -22,6 +26,19 @@ class TestStores(NamedTuple):
             "REDIS_URL": self.redis_url,
             "AAP_KEY_PEPPERS": f"{self.pepper.id}:{self.pepper.key.hex()}",
         }
+
+
+@asynccontextmanager
+async def new_database(server_url: str, name: str, template: str | None = None) -> AsyncGenerator[str]:
+    """The URL of a database that lives as long as this: empty, or a copy of *template*, which nobody is connected to."""
+    connection = await asyncpg.connect(server_url)
+    try:
+        await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        await connection.execute(f'CREATE DATABASE "{name}"' + (f' TEMPLATE "{template}"' if template else ""))
+        yield with_database(server_url, name)
+        await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    finally:
+        await connection.close()
 
 
 def with_database(url: str, name: str) -> str:

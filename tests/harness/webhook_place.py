@@ -27,7 +27,7 @@ from webhooks.attempts import Sender
 from webhooks.endpoints import EndpointView, NewEndpoint, create_endpoint
 from webhooks.events import EXAMPLES
 from webhooks.signing import PlatformKeys, secret_text
-from webhooks.worker import Pace, WebhookWorker, WorkerParts
+from webhooks.worker import ENDPOINTS_MAX, Pace, WebhookWorker, WorkerParts
 
 POLICY = EgressPolicy(allow=("127.0.0.0/8",), ports="any", plain_http=True)
 """A test's receivers are on this machine."""
@@ -70,7 +70,12 @@ async def publish_many(database: Database, organizations: Sequence[str], kind: s
 
 @contextlib.asynccontextmanager
 async def worker(
-    url: str, *, clock: Clock | None = None, pace: Pace | None = None, policy: EgressPolicy = POLICY
+    url: str,
+    *,
+    clock: Clock | None = None,
+    pace: Pace | None = None,
+    policy: EgressPolicy = POLICY,
+    endpoints_max: int = ENDPOINTS_MAX,
 ) -> AsyncGenerator[WebhookWorker]:
     """A worker in this process."""
     clock = clock or SystemClock()
@@ -79,7 +84,11 @@ async def worker(
     client = GuardedClient(Guard(lambda: policy), ConnectionLimits())
     sender = Sender(client, PlatformKeys((SEED,)), clock)
     made = WebhookWorker(
-        url, WorkerParts(sender, SEALER, lambda: policy, clock), retention=timedelta(days=30), pace=pace
+        url,
+        WorkerParts(sender, SEALER, lambda: policy, clock),
+        retention=timedelta(days=30),
+        pace=pace,
+        endpoints_max=endpoints_max,
     )
     task = asyncio.create_task(made.run())
     try:

@@ -7,19 +7,17 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import NamedTuple
 
-import asyncpg
 import pytest
 
 from core.clock import SystemClock
 from core.database import Database
 from core.ids import GatewayId, id_range_start, new_id
-from core.migrations import upgrade
 from core.writer import Writer
 from metering import partitions
 from metering.entries import Attribution, Entry, Intent, Result
 from metering.ledger import Ledger
 from metering.usage import Units
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database
 from tests.harness.tenant import Tenant, new_tenant
 
 
@@ -128,35 +126,14 @@ class OwnBooks(NamedTuple):
     books: Books
 
 
-@pytest.fixture(scope="session")
-async def template(stores: TestStores, worker_id: str) -> AsyncIterator[str]:
-    """The name of a database that holds the schema, and that nobody is connected to."""
-    name = f"template_{worker_id}"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    database = Database(with_database(stores.database_url, name), connections_max=1)
-    await upgrade(database)
-    await database.close()
-    yield name
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
-
-
 @pytest.fixture
 async def own(stores: TestStores, template: str) -> AsyncIterator[OwnBooks]:
-    name = f"{template}_copy"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    url = with_database(stores.database_url, name)
-    database, writer = Database(url), Writer(url, statement_seconds_max=30)
-    await partitions.make_ahead(writer.fetch, SystemClock().now())
-    yield OwnBooks(url, database, writer, Books(writer, await new_tenant(database, stores.pepper)))
-    await writer.close()
-    await database.close()
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
+    async with new_database(stores.database_url, f"{template}_copy", template) as url:
+        database, writer = Database(url), Writer(url, statement_seconds_max=30)
+        await partitions.make_ahead(writer.fetch, SystemClock().now())
+        yield OwnBooks(url, database, writer, Books(writer, await new_tenant(database, stores.pepper)))
+        await writer.close()
+        await database.close()
 
 
 def request_id_at(moment: datetime) -> str:

@@ -16,13 +16,12 @@ import pytest
 
 from core.database import Database
 from core.ids import OrganizationId, id_range_start
-from core.migrations import upgrade
 from metering.entry_export import ROWS_PER_READ, export
 from metering.entry_pages import EntryFilter, read_rows
 from metering.summaries import usage
 from metering.summary_queries import Buckets, UsageQuery
 from tests.harness.statements import Statement, captured, generic_plan_of, nodes, plan_of
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database
 from tests.harness.usage_rows import make_month
 
 IS_FULL = os.environ.get("AAP_TEST_SCALE") == "full"
@@ -68,28 +67,21 @@ class Grown(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def grown(stores: TestStores, worker_id: str) -> AsyncIterator[Grown]:
+async def grown(stores: TestStores, worker_id: str, template: str) -> AsyncIterator[Grown]:
     """A database of its own with entries of two months, and a third month that is ahead."""
-    name = f"plans_{worker_id}"
-    server = await asyncpg.connect(stores.database_url)
-    await server.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await server.execute(f'CREATE DATABASE "{name}"')
-    url = with_database(stores.database_url, name)
-    database = Database(url, statement_seconds_max=600)
-    await upgrade(database)
-    async with database.transaction() as session:
-        for month in range(3):
-            await make_month(session, FIRST + timedelta(days=31 * month))
-    connection = await asyncpg.connect(url)
-    await connection.execute(_STAMP)
-    await connection.execute(_ENTRIES, ENTRIES, FIRST, timedelta(days=DAYS))
-    await connection.execute(_WINDOWS)
-    await connection.execute("ANALYZE")
-    yield Grown(database, connection)
-    await connection.close()
-    await database.close()
-    await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await server.close()
+    async with new_database(stores.database_url, f"plans_{worker_id}", template) as url:
+        database = Database(url, statement_seconds_max=600)
+        async with database.transaction() as session:
+            for month in range(3):
+                await make_month(session, FIRST + timedelta(days=31 * month))
+        connection = await asyncpg.connect(url)
+        await connection.execute(_STAMP)
+        await connection.execute(_ENTRIES, ENTRIES, FIRST, timedelta(days=DAYS))
+        await connection.execute(_WINDOWS)
+        await connection.execute("ANALYZE")
+        yield Grown(database, connection)
+        await connection.close()
+        await database.close()
 
 
 MONTH = Buckets(FIRST, timedelta(days=1), 31)

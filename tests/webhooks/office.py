@@ -7,7 +7,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import asyncpg
 import httpx
 from standardwebhooks import Webhook, WebhookVerificationError
 
@@ -18,7 +17,7 @@ from keys.lifecycle import NewKey
 from keys.scopes import ADMIN_SCOPES
 from tests.harness.eventually import eventually
 from tests.harness.gateway import Gateway
-from tests.harness.stores import TestStores, with_database
+from tests.harness.stores import TestStores, new_database
 from tests.harness.tenant import new_tenant
 from tests.harness.webhook_place import EGRESS, SEALING_KEYS, SEED
 from tests.harness.webhook_sink import Arrival
@@ -133,20 +132,16 @@ async def webhook_place(
 ) -> AsyncGenerator[Place]:
     """A gateway on a database of its own."""
     name = f"{template}_{directory.name}"
-    connection = await asyncpg.connect(stores.database_url)
-    await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-    mine = stores._replace(database_url=with_database(stores.database_url, name))
-    database = Database(mine.database_url)
-    gateway = Gateway(mine, directory, config, **(ENVIRON if environ is None else environ))
-    try:
-        await gateway.start()
-        yield Place(mine, database, gateway)
-    finally:
-        await gateway.stop()
-        await database.close()
-        await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-        await connection.close()
+    async with new_database(stores.database_url, name, template) as url:
+        mine = stores._replace(database_url=url)
+        database = Database(url)
+        gateway = Gateway(mine, directory, config, **(ENVIRON if environ is None else environ))
+        try:
+            await gateway.start()
+            yield Place(mine, database, gateway)
+        finally:
+            await gateway.stop()
+            await database.close()
 
 
 @asynccontextmanager

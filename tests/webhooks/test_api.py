@@ -39,11 +39,9 @@ NOT_FOUND = Refusal(404, "webhook_not_found", None)
 
 
 @pytest.fixture(scope="module")
-async def place(
-    stores: TestStores, webhook_template: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Place]:
+async def place(stores: TestStores, template: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Place]:
     async with (
-        webhook_place(stores, webhook_template, tmp_path_factory.mktemp("api")) as made,
+        webhook_place(stores, template, tmp_path_factory.mktemp("api")) as made,
         worker(made.stores.database_url),
     ):
         yield made
@@ -152,6 +150,7 @@ class TestAnEndpoint:
         kept = await office.endpoint(receiver.url("/kept"))
         (before,) = await office.publish("a")
         await arrival(receiver, before, "/gone")
+        (delivered,) = await office.settled(1, endpoint_id=made["id"])
         deleted = (await office.call("DELETE", path_of(made))).json()
         assert deleted == {"id": made["id"], "deleted": True, "object": "webhook_endpoint.deleted"}
         (after,) = await office.publish("b")
@@ -163,6 +162,7 @@ class TestAnEndpoint:
         assert await office.refused("DELETE", path_of(made)) == NOT_FOUND
         assert await office.refused("POST", path_of(made, "/enable")) == NOT_FOUND
         assert await office.deliveries(endpoint_id=made["id"]) == []
+        assert await office.refused("GET", f"{DELIVERIES}/{delivered['id']}") == NOT_FOUND
 
     async def test_is_sent_a_test_alone_and_past_its_filter(self, office: Office, receiver: Sink) -> None:
         made = await office.endpoint(receiver.url("/one"), filter="name == 'never'", event_types=["key.created"])

@@ -21,7 +21,7 @@ from tests.webhooks.office import ENDPOINTS, office_at
 from tests.webhooks.office import webhook_place as gateway_place
 from webhooks.endpoints import disable_endpoint, enable_endpoint
 from webhooks.errors import FilterInvalid
-from webhooks.fan_out import fan_out
+from webhooks.fan_out import FanOut
 from webhooks.filters import check_filter
 from webhooks.resend import recover
 from webhooks.schedule import retry_after_seconds
@@ -101,7 +101,7 @@ async def test_recovering_brings_no_news_of_the_endpoint_itself(own: Own, receiv
     async with own.database.transaction() as session:
         await disable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
     await publish_many(own.database, [own.organization_id])
-    await fan_out(own.database)
+    await FanOut(own.database).once()
     async with own.database.transaction() as session:
         await enable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
     async with own.database.transaction() as session:
@@ -115,7 +115,7 @@ async def test_what_was_disabled_and_enabled_before_the_fan_out(own: Own) -> Non
         await disable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
     async with own.database.transaction() as session:
         await enable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
-    await fan_out(own.database)
+    await FanOut(own.database).once()
     assert await sql(own, "SELECT event_type FROM webhook_deliveries") == []
 
 
@@ -136,8 +136,8 @@ async def test_retry_after_over_the_wire(own: Own, receiver: Sink) -> None:
     assert (row.status, row.problem) == (500, "answered 500")
 
 
-async def test_nul_is_the_callers_fault(stores: TestStores, webhook_template: str, tmp_path: Path) -> None:
-    async with gateway_place(stores, webhook_template, tmp_path) as place, office_at(place) as office:
+async def test_nul_is_the_callers_fault(stores: TestStores, template: str, tmp_path: Path) -> None:
+    async with gateway_place(stores, template, tmp_path) as place, office_at(place) as office:
         url = "http://127.0.0.1:9/"
         made = await office.endpoint(url)
         path = f"{ENDPOINTS}/{made['id']}"
@@ -159,8 +159,8 @@ def test_a_function_that_is_none_is_refused(expression: str) -> None:
         check_filter(expression)
 
 
-async def test_a_mistyped_type_is_refused_by_replay(stores: TestStores, webhook_template: str, tmp_path: Path) -> None:
-    async with gateway_place(stores, webhook_template, tmp_path) as place, office_at(place) as office:
+async def test_a_mistyped_type_is_refused_by_replay(stores: TestStores, template: str, tmp_path: Path) -> None:
+    async with gateway_place(stores, template, tmp_path) as place, office_at(place) as office:
         made = await office.endpoint("http://127.0.0.1:9/")
         body = {"since": int(time.time()), "event_types": ["key.made_up"]}
         refused = await office.refused("POST", f"{ENDPOINTS}/{made['id']}/replay", body)

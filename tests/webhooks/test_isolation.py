@@ -87,3 +87,13 @@ async def test_a_circuit_opens_and_one_delivery_at_a_time_tries(own: Own, receiv
     assert found.consecutive_failures == 5
     assert found.last_problem == "answered 500"
     assert found.resting_until is not None
+
+
+async def test_endpoints_that_are_always_busy_leave_room_for_the_others(own: Own, receiver: Sink) -> None:
+    """Guarantee: with more endpoints than a worker has at a time, all have their turn."""
+    paths = [f"/{number}" for number in range(6)]
+    for path in paths:
+        await new_endpoint(own.database, receiver.url(path), own.organization_id, requests_per_second=2)
+    await publish_many(own.database, [own.organization_id] * 100)
+    async with worker(own.url, endpoints_max=3):
+        await eventually(lambda: all(receiver.arrivals[path] for path in paths), 20)

@@ -15,7 +15,7 @@ from tests.harness.stores import TestStores
 from tests.harness.webhook_place import SEED
 from tests.webhooks.office import DELIVERIES, ENDPOINTS, ENVIRON, Office, Place, Refusal, office_at, webhook_place
 from webhooks.endpoints import ENDPOINTS_MAX
-from webhooks.fan_out import fan_out
+from webhooks.fan_out import FanOut
 from webhooks.signing import PlatformKeys
 
 URL = "http://127.0.0.1:9/hook"
@@ -32,14 +32,12 @@ class Places(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-async def places(
-    stores: TestStores, webhook_template: str, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Places]:
+async def places(stores: TestStores, template: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Places]:
     async with AsyncExitStack() as stack:
 
         async def place(name: str, **more: Any) -> Place:
             directory = tmp_path_factory.mktemp(name)
-            return await stack.enter_async_context(webhook_place(stores, webhook_template, directory, **more))
+            return await stack.enter_async_context(webhook_place(stores, template, directory, **more))
 
         without = {name: value for name, value in ENVIRON.items() if name != "AAP_SEALING_KEYS"}
         yield Places(await place("usual"), await place("strict", config=""), await place("bare", environ=without))
@@ -300,7 +298,7 @@ async def ids_of(office: Office) -> tuple[str, str]:
     """An endpoint of *office*'s, and a delivery that it is due."""
     made = await office.endpoint(URL)
     await office.publish("a")
-    await fan_out(office.place.database)
+    await FanOut(office.place.database).once()
     (delivery,) = await office.deliveries()
     return made["id"], delivery["id"]
 

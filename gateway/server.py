@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import resource
 import signal
 from typing import Final
 
@@ -18,7 +17,7 @@ import uvloop
 from core.log_writer import LogWriter
 from core.settings import Settings, load
 from core.telemetry import configure_logs
-from gateway import lifeline
+from gateway import descriptors, lifeline
 from gateway.app import Application
 from gateway.http1.listener import Listener
 from gateway.runtime import Runtime, running
@@ -38,7 +37,7 @@ async def serve(settings: Settings, log: LogWriter) -> None:
     async with running(settings, log) as runtime:
         listener = runtime.listener = Listener(Application(runtime).dispatch, settings.edge)
         _relax_garbage_collection()
-        _raise_descriptor_limit()
+        descriptors.raise_limit()
         await listener.start()
         _tell_supervisor()
         await stop.wait()
@@ -74,12 +73,6 @@ def _relax_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-
-
-def _raise_descriptor_limit() -> None:
-    """Take as many file descriptors as we may: many systems start a process with 1,024, which is 500 calls."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _tell_supervisor() -> None:

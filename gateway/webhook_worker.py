@@ -18,13 +18,14 @@ from core.http1.connections import ConnectionLimits
 from core.sealing import Sealer
 from core.settings import Settings, load
 from core.telemetry import configure_logs
-from gateway import lifeline
+from gateway import descriptors, lifeline
 from gateway.egress_file import EgressFile
 from gateway.webhook_metrics import WebhookMetrics
 from keys.secrets import redact
 from webhooks.attempts import Sender
 from webhooks.signing import PlatformKeys
-from webhooks.worker import WebhookWorker, WorkerParts
+from webhooks.worker import WebhookWorker
+from webhooks.worker_parts import WorkerParts
 
 # Many endpoints may be at one host, a relay's for instance: what is under way is bounded elsewhere.
 _LIMITS: Final = ConnectionLimits(connections_per_origin_max=1_024, idle_seconds_max=30.0, buffered_bytes_max=65_536)
@@ -40,6 +41,7 @@ class WorkerBroken(Exception):
 async def deliver(settings: Settings) -> None:
     """Deliver until SIGTERM or SIGINT. A store down: tried again by itself. Errors: WorkerBroken."""
     assert settings.database_url is not None
+    descriptors.raise_limit()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,7 +60,7 @@ async def deliver(settings: Settings) -> None:
         ),
         retention=timedelta(days=settings.webhook_retention_days),
     )
-    metrics = WebhookMetrics(settings.data_dir / "metrics", worker.stats)
+    metrics = WebhookMetrics(settings.data_dir / "metrics", worker.stats, clock)
     acts = (worker.run(), egress.keep_reading(_RELOAD_SECONDS), metrics.keep_saving(_METRICS_SECONDS))
     tasks = [asyncio.create_task(act) for act in acts]
     _log.info("webhooks.started")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from datetime import datetime
 from typing import Final, NamedTuple
 
@@ -35,6 +36,7 @@ DEADLINES: Final = Deadlines(
 # The status is what counts. What is kept of the rest helps whoever looks for a fault, and gets no more time than this.
 RESPONSE_BYTES_MAX: Final = 16_384
 _BODY_SECONDS_MAX: Final = 2.0
+_OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _FIXED_HEADERS: Final = (
     (b"content-type", b"application/json"),
     (b"accept", b"*/*"),
@@ -76,6 +78,7 @@ class Sender:
         status: int | None = None
         body: bytes | None = None
         wait: float | None = None
+        is_ours = False
         try:
             # Under the policy of this moment: it may have changed since the address was typed.
             request = self._request(target, message, check_url(target.url, policy), started_at)
@@ -87,9 +90,10 @@ class Sender:
         except EgressRefused as error:
             problem = f"refused: {error}"
         except UpstreamError as error:
-            problem = _words_for(error)
+            is_ours = _is_ours(error)
+            problem = "there was no connection to spare here" if is_ours else _words_for(error)
         duration_ms = int((self._clock.monotonic_seconds() - started) * 1000)
-        return Outcome(status, problem, duration_ms, body, wait, started_at)
+        return Outcome(status, problem, duration_ms, body, wait, started_at, is_ours)
 
     def _request(self, target: Target, message: Message, place: Destination, now: datetime) -> UpstreamRequest:
         timestamp = int(now.timestamp())
@@ -137,6 +141,13 @@ async def _read_some(response: Http1Response) -> bytes | None:
 
 def _retry_after(response: Http1Response, now: datetime) -> float | None:
     return retry_after_seconds(next((value for name, value in response.headers if name == b"retry-after"), None), now)
+
+
+def _is_ours(error: UpstreamError) -> bool:
+    """Tell whether it is for want of connections or descriptors of ours that nothing was sent."""
+    if isinstance(error, ConnectTimedOut):
+        return error.phase == "pool"
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno in _OUT_OF_DESCRIPTORS
 
 
 def _words_for(error: UpstreamError) -> str:

@@ -13,16 +13,14 @@ from typing import Final
 
 import structlog
 
-from core.clock import Clock
-from core.egress import EgressPolicy
-from webhooks.attempts import Message, Outcome, Sender
+from webhooks.attempts import Message, Outcome
 from webhooks.events import body_of
 from webhooks.lanes import Lane
 from webhooks.outcomes import Due, Recorded, conclude
 from webhooks.stats import DeliveryStats
+from webhooks.worker_parts import WorkerParts
 
 ORGANIZATION_MAX: Final = 64
-PROCESS_MAX: Final = 2_048
 # So many of an organization find room, however much others have under way.
 _ALWAYS_ADMITTED: Final = 4
 _log = structlog.get_logger(__name__)
@@ -33,21 +31,21 @@ class Dispatcher:
 
     def __init__(
         self,
-        sender: Sender,
-        policy: Callable[[], EgressPolicy],
-        clock: Clock,
+        parts: WorkerParts,
         *,
         stats: DeliveryStats,
         done: Callable[[Lane, Recorded], None],
         may_begin: Callable[[], bool],
+        process_max: int,
     ) -> None:
         """*done* is called with every attempt that has ended, once its lane has taken note of it.
 
-        *may_begin* tells whether attempts may be begun at all.
+        *may_begin* tells whether attempts may be begun at all; of *process_max* are under way, but for who has few.
         """
-        self._sender = sender
-        self._policy = policy
-        self._clock = clock
+        self._process_max = process_max
+        self._sender = parts.sender
+        self._policy = parts.policy
+        self._clock = parts.clock
         self._stats = stats
         self._done = done
         self._loop = asyncio.get_running_loop()
@@ -85,12 +83,16 @@ class Dispatcher:
 
     def _has_room(self, organization_id: str) -> bool:
         count = self._by_organization[organization_id]
-        return count < ORGANIZATION_MAX and (len(self._tasks) < PROCESS_MAX or count < _ALWAYS_ADMITTED)
+        return count < ORGANIZATION_MAX and (not self._is_full or count < _ALWAYS_ADMITTED)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._tasks) >= self._process_max
 
     def _is_ready(self, lane: Lane) -> bool:
         if (
             not lane.buffer
-            or lane.is_left
+            or not lane.may_begin
             or lane.in_flight >= lane.window
             or self._is_closing
             or not self._may_begin()
@@ -119,7 +121,7 @@ class Dispatcher:
     async def _attempt(self, lane: Lane, due: Due) -> None:
         target = lane.target
         if due.step == 0:
-            self._stats.waited((self._clock.now() - due.created_at).total_seconds())
+            self._stats.waited((self._clock.now() - due.asked_at).total_seconds())
         try:
             message = Message(due.event_id, body_of(due.event_id, due.event_type, due.created_at, due.data.encode()))
             outcome = await self._sender.attempt(target, message, self._policy())
@@ -137,24 +139,32 @@ class Dispatcher:
         self._by_organization[organization_id] -= 1
         if not self._by_organization[organization_id]:
             del self._by_organization[organization_id]
+        lane.in_flight -= 1
         if task.cancelled() or task.exception() is not None:
-            lane.in_flight -= 1
             lane.busy.discard(due.delivery_id)
             return
-        self._serve_held()
+        self._serve_held(organization_id)
         self.serve(lane)
 
-    def _serve_held(self) -> None:
-        """Give the room that there is to those who wait: one to each organization, and in it to each lane, in turns."""
+    def _serve_held(self, freed: str) -> None:
+        """Give the room that there is to those who wait, in turns; *freed* may have room whatever others do."""
+        if self._is_full and freed in self._held and self._has_room(freed):
+            self._serve_first(freed)
         for organization_id in list(self._held):
-            held = self._held.pop(organization_id)
-            while held and self._has_room(organization_id):
-                lane = held.popleft()
-                if self._is_ready(lane):
-                    self._begin(lane)
-                    if lane.buffer:
-                        held.append(lane)
-                    break
-            if held:
-                # At the end of the line.
-                self._held[organization_id] = held
+            if self._is_full:
+                return
+            if self._has_room(organization_id):
+                self._serve_first(organization_id)
+
+    def _serve_first(self, organization_id: str) -> None:
+        """Begin one attempt of an organization that waits; the rest of its lanes go to the end of the line."""
+        held = self._held.pop(organization_id)
+        while held:
+            lane = held.popleft()
+            if self._is_ready(lane):
+                self._begin(lane)
+                if lane.buffer:
+                    held.append(lane)
+                break
+        if held:
+            self._held[organization_id] = held

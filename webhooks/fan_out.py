@@ -102,7 +102,7 @@ class FanOut:
                 return Round(0, has_more=False)
             interests: dict[str, list[Interest]] = defaultdict(list)
             for row in await fetch(session, _ENDPOINTS, list(events)):
-                interests[row.organization_id].append(Interest(row.id, row.event_types, row.filter))
+                interests[row.organization_id].append(Interest.of(row))
             made = _Made()
             for organization_id, waiting in events.items():
                 await made.add(waiting, interests[organization_id])
@@ -138,24 +138,25 @@ class _Made:
             if spent_seconds > FILTER_SECONDS_MAX:
                 self.is_late = True
                 return
-            begun = time.perf_counter()
-            recipients = _recipients(event, interests)
-            spent_seconds += time.perf_counter() - begun
+            candidate = Candidate(event.type, event.data)
+            for interest in interests:
+                begun = time.perf_counter()
+                if _is_recipient(interest, event, candidate):
+                    endpoint_id = interest.endpoint_id
+                    self._due.append(
+                        (delivery_id(endpoint_id, event.id), event.organization_id, endpoint_id, event.id, event.type)
+                    )
+                spent_seconds += time.perf_counter() - begun
+                await self._breather.breathe()
             self.event_ids.append(event.id)
-            self._due += [
-                (delivery_id(endpoint_id, event.id), event.organization_id, endpoint_id, event.id, event.type)
-                for endpoint_id in recipients
-            ]
-            await self._breather.breathe()
 
     def columns(self) -> list[list[str]]:
         """Return what `_DELIVER` takes of deliveries."""
         return [list(column) for column in zip(*self._due, strict=True)] or [[], [], [], [], []]
 
 
-def _recipients(event: Any, interests: list[Interest]) -> list[str]:
-    """Return the endpoints that an event goes to. One for an endpoint alone was asked for: no filter holds it back."""
+def _is_recipient(interest: Interest, event: Any, candidate: Candidate) -> bool:
+    """Tell whether an event goes to an endpoint. One for an endpoint alone was asked for: no filter holds it back."""
     if event.endpoint_id is not None:
-        return [one.endpoint_id for one in interests if one.endpoint_id == event.endpoint_id]
-    candidate = Candidate(event.type, event.data)
-    return [one.endpoint_id for one in interests if is_wanted(one, candidate)]
+        return event.endpoint_id == interest.endpoint_id
+    return is_wanted(interest, candidate)

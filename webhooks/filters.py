@@ -7,7 +7,7 @@ of events is flat: what can be asked of it can be asked without.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Final, cast
 
 import jmespath
@@ -42,18 +42,26 @@ def check_filter(expression: str) -> None:
     _compiled(expression)
 
 
-def matches(expression: str | None, data: Any) -> bool:
-    """Tell whether *data* is what an endpoint wants: everything without an expression.
+class Filter:
+    """A filter as it is asked of many events: it is compiled for the first."""
 
-    As JMESPath has it, false, null, and what is empty are not true. One that fails on this data is not true of it.
-    """
-    if expression is None:
-        return True
-    try:
-        found = _compiled(expression).search(data)
-    except Exception:  # noqa: BLE001 - whatever one customer's filter does, others' events are delivered
-        return False
-    return found is not None and found is not False and found not in ("", [], {})
+    def __init__(self, expression: str) -> None:
+        self._expression = expression
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return _compiled(self._expression)
+
+    def matches(self, data: Any) -> bool:
+        """Tell whether *data* is what the endpoint wants.
+
+        As JMESPath has it, false, null, and what is empty are not true. One that fails on this data is not true of it.
+        """
+        try:
+            found = self._compiled.search(data)
+        except Exception:  # noqa: BLE001 - whatever one customer's filter does, others' events are delivered
+            return False
+        return found is not None and found is not False and found not in ("", [], {})
 
 
 @lru_cache(maxsize=1024)

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Final
 
-from core.database import Database
+from core.database import Database, database_now
 from core.ids import id_range_start
 from core.plain_sql import fetch
 
 _BATCH: Final = 5_000
+# Who enables an endpoint waits until its batch is written, so that what is recovered next is not given up. What
+# somebody holds is left for the next time.
 _GIVE_UP: Final = """
+WITH disabled AS (
+  SELECT id FROM webhook_endpoints e
+  WHERE disabled_at IS NOT NULL AND deleted_at IS NULL
+    AND EXISTS (SELECT FROM webhook_deliveries p WHERE p.endpoint_id = e.id AND p.state = 'pending')
+  FOR SHARE SKIP LOCKED
+)
 UPDATE webhook_deliveries SET state = 'failed', finished_at = now(),
   last_problem = coalesce(last_problem, 'the endpoint was disabled')
 WHERE id IN (
-  SELECT d.id FROM webhook_endpoints e
-  CROSS JOIN LATERAL (
+  SELECT d.id FROM disabled e CROSS JOIN LATERAL (
     SELECT id FROM webhook_deliveries p WHERE p.endpoint_id = e.id AND p.state = 'pending' LIMIT $1
-  ) d
-  WHERE e.disabled_at IS NOT NULL AND e.deleted_at IS NULL LIMIT $1
-) AND state = 'pending'
+    FOR UPDATE SKIP LOCKED
+  ) d LIMIT $1
+)
 RETURNING 1
 """
 _DELETE_OF_DELETED: Final = """
@@ -63,9 +70,11 @@ async def give_up_on_disabled(database: Database) -> int:
     return await _in_batches(database, _GIVE_UP)
 
 
-async def delete_old(database: Database, now: datetime, retention: timedelta) -> int:
+async def delete_old(database: Database, retention: timedelta) -> int:
     """Delete what is older than *retention*, and what is left of deleted endpoints; return how many rows."""
-    before = now - retention
+    async with database.transaction() as session:
+        # Not by this machine's clock: one that is ahead would delete everything.
+        before = await database_now(session) - retention
     count = await _in_batches(database, _DELETE_OF_DELETED)
     for statement, prefix in ((_DELETE_ATTEMPTS, "dlv"), (_DELETE_DELIVERIES, "dlv"), (_DELETE_EVENTS, "evt")):
         count += await _in_batches(database, statement, id_range_start(prefix, before))

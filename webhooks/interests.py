@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from webhooks.events import EndpointDisabled, EndpointFailing, wants
-from webhooks.filters import matches
+from webhooks.filters import Filter
 
 _ABOUT_ONE: Final = frozenset({EndpointFailing.type, EndpointDisabled.type})
 """Types that tell of an endpoint: the others of the organization hear of it, and not itself."""
@@ -22,7 +22,12 @@ class Interest(NamedTuple):
 
     endpoint_id: str
     event_types: Sequence[str]
-    filter: str | None
+    filter: Filter | None
+
+    @classmethod
+    def of(cls, endpoint: Any) -> Interest:
+        """Return what *endpoint* wants, given its `id`, `event_types` and `filter`."""
+        return cls(endpoint.id, endpoint.event_types, Filter(endpoint.filter) if endpoint.filter else None)
 
 
 class Candidate:
@@ -44,7 +49,7 @@ def is_wanted(interest: Interest, event: Candidate) -> bool:
         return False
     if event.type in _ABOUT_ONE and event.data.get("endpoint_id") == interest.endpoint_id:
         return False
-    return interest.filter is None or matches(interest.filter, event.data)
+    return interest.filter is None or interest.filter.matches(event.data)
 
 
 class Breather:

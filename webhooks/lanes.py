@@ -17,6 +17,7 @@ IN_FLIGHT_MAX: Final = 8
 _IN_FLIGHT_AT_FIRST: Final = 2
 BUFFERED_MAX: Final = 4 * IN_FLIGHT_MAX
 _BUFFERED_LOW: Final = BUFFERED_MAX // 2
+_UNWRITTEN_MAX: Final = 256
 
 
 class Lane:
@@ -33,6 +34,8 @@ class Lane:
         """Whether nothing more was due when it was last asked for."""
         self.is_leaving = False
         """Whether it is to be another worker's once nothing is under way."""
+        self.is_outdated = False
+        """Whether its endpoint was changed, and is to be loaded before anything more is sent."""
         self.is_left = False
         """Whether it is no longer this worker's."""
         self.said_percent = health.warned_percent
@@ -61,7 +64,14 @@ class Lane:
     def is_hungry(self) -> bool:
         """Whether it is worth fetching more."""
         is_low = len(self.buffer) < _BUFFERED_LOW and self.room > 0
-        return is_low and not self.is_exhausted and not self.is_leaving and not self.is_left
+        # One whose attempts cannot be written, because somebody holds them, does not fill what there is for everybody.
+        unwritten = len(self.busy) - len(self.buffer) - self.in_flight
+        return is_low and unwritten < _UNWRITTEN_MAX and not self.is_exhausted and self.may_begin
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether this worker may send to it, whatever its health."""
+        return not self.is_outdated and not self.is_leaving and not self.is_left
 
     @property
     def is_to_be_judged(self) -> bool:
@@ -92,8 +102,7 @@ class Lane:
         return self.buffer.popleft()
 
     def finish(self, outcome: Outcome, now: datetime, target: Target | None = None) -> None:
-        """Take note of what came of an attempt. What came of *target*, if it is not what is sent to now, is no news."""
-        self.in_flight -= 1
+        """Take note of what comes of an attempt. That of *target*, if it is not what is sent to now, is no news."""
         if outcome.is_ours or not self.is_current(target):
             return
         self.is_unsaved = True
@@ -119,11 +128,12 @@ class Lane:
         if not self.is_current(target):
             self.health, self.said_percent = health, health.warned_percent
         self.target = target
+        self.is_outdated = self.is_exhausted = False
 
     def come_back(self, target: Target, health: Health) -> None:
         """Be this worker's again, with what is still under way from before."""
         self.target, self.health, self.said_percent = target, health, health.warned_percent
-        self.is_left = self.is_leaving = self.is_exhausted = self.is_unsaved = False
+        self.is_left = self.is_leaving = self.is_outdated = self.is_exhausted = self.is_unsaved = False
         self.idle_since = self.timer = None
 
     def forget_buffer(self) -> None:

@@ -12,7 +12,8 @@ from webhooks.targets import Fetch
 
 _OURS_PAUSE_SECONDS: Final = 60.0
 # Said a second time, because whether the first try was committed is not known, an attempt changes nothing. What was
-# taken in the end was taken, whatever a worker that had lost the endpoint wrote before.
+# taken in the end was taken, whatever a worker that had lost the endpoint wrote before. Deliveries that somebody holds,
+# a replay for instance, are left for later: nobody else's attempts wait for them.
 _RECORD: Final = """
 WITH made AS (
   SELECT * FROM unnest(
@@ -22,21 +23,33 @@ WITH made AS (
     id, delivery_id, organization_id, status, problem, duration_ms, response_body, started_at, state, pause_seconds,
     step
   )
+), free AS (
+  SELECT id, state FROM webhook_deliveries WHERE id = ANY ($2::text[]) FOR UPDATE SKIP LOCKED
 ), kept AS (
   INSERT INTO webhook_attempts (
     id, delivery_id, organization_id, status, problem, duration_ms, response_body, started_at
   )
   SELECT id, delivery_id, organization_id, status, problem, duration_ms, response_body, started_at FROM made
+  WHERE delivery_id IN (SELECT id FROM free)
   ORDER BY delivery_id
   ON CONFLICT (delivery_id, id) DO NOTHING
   RETURNING delivery_id, id
+), counted AS (
+  UPDATE webhook_deliveries d SET
+    attempts = d.attempts + 1,
+    state = CASE WHEN n.is_news THEN n.state ELSE d.state END,
+    step = CASE WHEN n.is_news THEN n.step ELSE d.step END,
+    due_at = CASE WHEN n.is_news THEN now() + make_interval(secs => n.pause_seconds) ELSE d.due_at END,
+    finished_at = CASE WHEN NOT n.is_news THEN d.finished_at WHEN n.state <> 'pending' THEN now() END,
+    last_status = CASE WHEN n.is_news OR d.state = 'failed' THEN n.status ELSE d.last_status END,
+    last_problem = CASE WHEN n.is_news OR d.state = 'failed' THEN n.problem ELSE d.last_problem END
+  FROM (
+    SELECT m.*, f.state = 'pending' OR m.state = 'succeeded' AS is_news
+    FROM kept JOIN made m USING (delivery_id, id) JOIN free f ON f.id = kept.delivery_id
+  ) AS n
+  WHERE d.id = n.delivery_id
 )
-UPDATE webhook_deliveries d SET
-  state = m.state, step = m.step, attempts = d.attempts + 1, last_status = m.status, last_problem = m.problem,
-  due_at = now() + make_interval(secs => m.pause_seconds),
-  finished_at = CASE WHEN m.state <> 'pending' THEN now() END
-FROM kept JOIN made m USING (delivery_id, id)
-WHERE d.id = kept.delivery_id AND (d.state = 'pending' OR m.state = 'succeeded')
+SELECT id FROM webhook_deliveries WHERE id = ANY ($2::text[]) AND id NOT IN (SELECT id FROM free)
 """
 
 
@@ -52,6 +65,8 @@ class Due(NamedTuple):
     created_at: datetime
     """Of the event."""
     data: str
+    asked_at: datetime
+    """When it was first to be sent: when the event happened, or its owner asked for it again."""
 
 
 class Recorded(NamedTuple):
@@ -81,9 +96,12 @@ def conclude(due: Due, outcome: Outcome, *, is_current: bool = True) -> Recorded
     return Recorded(new_id("wat"), due, outcome, state, pause or 0.0, step)
 
 
-async def record(fetch: Fetch, recorded: list[Recorded]) -> None:
-    """Write attempts, and what follows from them. The same ones may be written again. Errors: those of DOWN."""
-    await fetch(
+async def record(fetch: Fetch, recorded: list[Recorded]) -> set[str]:
+    """Write attempts, and what follows from them; return deliveries that somebody holds, whose are not written.
+
+    The same ones may be written again. Errors: those of DOWN.
+    """
+    held = await fetch(
         _RECORD,
         [one.attempt_id for one in recorded],
         [one.due.delivery_id for one in recorded],
@@ -97,3 +115,4 @@ async def record(fetch: Fetch, recorded: list[Recorded]) -> None:
         [one.pause_seconds for one in recorded],
         [one.step for one in recorded],
     )
+    return {row["id"] for row in held}

@@ -16,19 +16,22 @@ from webhooks.vault import headers_place, secret_place
 
 _COUNTED_MAX: Final = 1_000_000
 _STATUS: Final = """
+WITH awake AS (
+  SELECT id FROM webhook_endpoints
+  WHERE disabled_at IS NULL AND deleted_at IS NULL AND coalesce(resting_until <= now(), true)
+)
 SELECT
   (SELECT count(*) FROM webhook_workers WHERE seen_at > now() - interval '10 seconds') AS workers,
   (SELECT count(*) FROM (SELECT FROM webhook_events WHERE NOT is_fanned_out LIMIT $1) AS w) AS events_waiting,
   (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE state = 'pending' LIMIT $1) AS p) AS pending,
   (SELECT count(*) FROM (
-     SELECT FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-     WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL
-       AND coalesce(e.resting_until <= now(), true)
-     LIMIT $1
+     SELECT FROM awake e JOIN webhook_deliveries d ON d.endpoint_id = e.id
+     WHERE d.state = 'pending' AND d.due_at <= now() LIMIT $1
    ) AS d) AS due,
-  (SELECT min(d.due_at) FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-   WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL
-     AND coalesce(e.resting_until <= now(), true)) AS oldest_due_at,
+  (SELECT min(d.due_at) FROM awake e CROSS JOIN LATERAL (
+     SELECT due_at FROM webhook_deliveries p
+     WHERE p.endpoint_id = e.id AND p.state = 'pending' AND p.due_at <= now() ORDER BY due_at LIMIT 1
+   ) d) AS oldest_due_at,
   (SELECT count(*) FROM webhook_endpoints WHERE deleted_at IS NULL AND disabled_at IS NULL) AS enabled,
   (SELECT count(*) FROM webhook_endpoints
    WHERE deleted_at IS NULL AND disabled_at IS NULL AND failing_since IS NOT NULL) AS failing,

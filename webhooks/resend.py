@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -31,9 +31,10 @@ REACH: Final = timedelta(days=14)
 _ONE: Final = """
 SELECT endpoint_id FROM webhook_deliveries WHERE id = $1 AND organization_id = $2
 """
+# What was taken since it was chosen is not sent again.
 _AGAIN: Final = """
-UPDATE webhook_deliveries SET state = 'pending', step = 0, due_at = now(), finished_at = NULL
-WHERE id = ANY ($1::text[]) AND organization_id = $2
+UPDATE webhook_deliveries SET state = 'pending', step = 0, due_at = now(), requested_at = now(), finished_at = NULL
+WHERE id = ANY ($1::text[]) AND organization_id = $2 AND state = ANY ($3::text[])
 RETURNING 1
 """
 # An id is as old as what it tells of: of a call, when that began. Ids lead there, and times decide.
@@ -60,10 +61,12 @@ WHERE endpoint_id = $1 AND organization_id = $2 AND id >= $3 AND created_at >= $
 ORDER BY id LIMIT $8
 """
 _MAKE: Final = """
-INSERT INTO webhook_deliveries (id, organization_id, endpoint_id, event_id, event_type)
-SELECT id, $1, $2, event_id, event_type FROM unnest($3::text[], $4::text[], $5::text[]) AS m (id, event_id, event_type)
+INSERT INTO webhook_deliveries (id, organization_id, endpoint_id, event_id, event_type, requested_at)
+SELECT id, $1, $2, event_id, event_type, now()
+FROM unnest($3::text[], $4::text[], $5::text[]) AS m (id, event_id, event_type)
 ON CONFLICT (id) DO NOTHING
 """
+_STATES: Final = list(get_args(State))
 _EVENTS_AT_ONCE: Final = 5_000
 _LONGEST_CALL: Final = timedelta(hours=6)
 
@@ -86,7 +89,7 @@ async def resend(session: AsyncSession, one_id: str, *, organization_id: Organiz
     if not rows:
         raise WebhookNotFound("delivery")
     endpoint = await _enabled(session, rows[0].endpoint_id, organization_id=organization_id)
-    await fetch(session, _AGAIN, [one_id], organization_id)
+    await fetch(session, _AGAIN, [one_id], organization_id, _STATES)
     await wake(session, endpoint.id)
 
 
@@ -107,7 +110,8 @@ async def recover(
     _require_not_too_many(count)
     if not is_dry_run and count:
         await _enabled(session, endpoint_id, organization_id=organization_id, is_read=False)
-        await fetch(session, _AGAIN, ids, organization_id)
+        again = await fetch(session, _AGAIN, ids, organization_id, ["failed", "pending"])
+        count = len(again) + len(missed)
         new_ids = [delivery_id(endpoint_id, event_id) for event_id, _ in missed]
         event_ids, types = [one for one, _ in missed], [name for _, name in missed]
         await fetch(session, _MAKE, organization_id, endpoint_id, new_ids, event_ids, types)
@@ -131,7 +135,8 @@ async def replay(
     _require_not_too_many(len(rows))
     if not is_dry_run and rows:
         await _enabled(session, endpoint_id, organization_id=organization_id, is_read=False)
-        await fetch(session, _AGAIN, [row.id for row in rows], organization_id)
+        states = _STATES if chosen.state is None else [chosen.state]
+        rows = await fetch(session, _AGAIN, [row.id for row in rows], organization_id, states)
         await wake(session, endpoint_id)
     return len(rows)
 
@@ -139,7 +144,7 @@ async def replay(
 async def _never_due(session: AsyncSession, endpoint: WebhookEndpointRow, since: datetime) -> list[tuple[str, str]]:
     """Return ids and types of events that the endpoint wants and has no delivery of."""
     found: list[tuple[str, str]] = []
-    interest, breather = Interest(endpoint.id, endpoint.event_types, endpoint.filter), Breather()
+    interest, breather = Interest.of(endpoint), Breather()
     start = id_range_start("evt", since - _LONGEST_CALL)
     chosen = (_EVENTS_AT_ONCE, endpoint.event_types, EVERYTHING in endpoint.event_types, list(MUST_BE_NAMED))
     while True:

@@ -31,15 +31,21 @@ class DeliveryStats:
 
     def __init__(self) -> None:
         self.results: Counter[str] = Counter()
-        """Attempts by result: succeeded, rejected (an answer that is none of 2xx), unreachable (no answer)."""
+        """Attempts by result: succeeded, rejected (an answer that is none of 2xx), unreachable (no answer), postponed
+        (for a reason of our own)."""
         self.durations = Distribution(SECONDS)
         self.waits = Distribution(WAITED_SECONDS)
-        """From an event to the beginning of its first attempt at an endpoint."""
+        """From an event, or from when its owner asked for it again, to the beginning of the first attempt."""
         self.due = 0
         """Deliveries whose time has come, of all workers; counted up to a bound."""
-        self.oldest_due_seconds = 0.0
+        self.oldest_due_since: float | None = None
+        """Since when the oldest of them is due, on the clock that only goes forward; None: nothing is due."""
         self.endpoints = 0
         self.in_flight = 0
+
+    def oldest_due_seconds(self, monotonic: float) -> float:
+        """Return for how long the oldest delivery has been due: longer and longer while nobody can look."""
+        return 0.0 if self.oldest_due_since is None else max(monotonic - self.oldest_due_since, 0.0)
 
     def waited(self, seconds: float) -> None:
         """Count a first attempt that begins."""
@@ -47,6 +53,9 @@ class DeliveryStats:
 
     def attempted(self, outcome: Outcome) -> None:
         """Count an attempt that has ended."""
+        if outcome.is_ours:
+            self.results["postponed"] += 1
+            return
         self.durations.observe(outcome.duration_ms / 1000)
         failure = "unreachable" if outcome.status is None else "rejected"
         self.results["succeeded" if outcome.problem is None else failure] += 1

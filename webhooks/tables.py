@@ -126,6 +126,8 @@ class WebhookDeliveryRow(Table):
     """How many attempts of the present schedule were made; a resend begins it anew."""
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     due_at: Mapped[datetime] = mapped_column(_WHEN, server_default=func.now())
+    requested_at: Mapped[datetime | None] = mapped_column(_WHEN)
+    """When its owner last asked for it to be sent again."""
     last_status: Mapped[int | None] = mapped_column(SmallInteger)
     last_problem: Mapped[str | None] = mapped_column(Text)
     finished_at: Mapped[datetime | None] = mapped_column(_WHEN)

@@ -16,6 +16,8 @@ from webhooks.health import DISABLED_AFTER, Health, Reason
 from webhooks.lanes import Lane
 from webhooks.publish import publish
 
+# Nobody's lock is waited for: a worker has other endpoints to write of.
+_HOLD: Final = "SELECT id FROM webhook_endpoints WHERE id = $1 FOR UPDATE SKIP LOCKED"
 # An endpoint that was enabled since, or given another address, is judged anew.
 _WARN: Final = """
 UPDATE webhook_endpoints SET warned_percent = $2
@@ -31,11 +33,16 @@ RETURNING organization_id, description
 """
 
 
-async def warn(database: Database, lane: Lane) -> None:
-    """Tell the organization's other endpoints that this one will be disabled. Errors: those of DOWN."""
+async def warn(database: Database, lane: Lane) -> bool:
+    """Tell the organization's other endpoints that this one will be disabled; False: somebody holds its row.
+
+    Errors: those of DOWN.
+    """
     target, health = lane.target, lane.health
     assert health.failing_since is not None
     async with database.transaction() as session:
+        if not await fetch(session, _HOLD, target.endpoint_id):
+            return False
         for row in await fetch(session, _WARN, target.endpoint_id, health.warned_percent, target.enabled_at):
             failing = EndpointFailing(
                 endpoint_id=target.endpoint_id,
@@ -45,10 +52,11 @@ async def warn(database: Database, lane: Lane) -> None:
                 problem=lane.last_problem or "",
             )
             await publish(session, failing, organization_id=row.organization_id)
+    return True
 
 
 async def disable(database: Database, lane: Lane, reason: Reason) -> bool:
-    """Disable the lane's endpoint, and tell its organization's others; False: it is another by now.
+    """Disable the lane's endpoint, and tell its organization's others; False: it is another by now, or is held.
 
     Errors: those of DOWN.
     """
@@ -62,6 +70,8 @@ async def disable(database: Database, lane: Lane, reason: Reason) -> bool:
         health.consecutive_failures,
     )
     async with database.transaction() as session:
+        if not await fetch(session, _HOLD, lane.target.endpoint_id):
+            return False
         rows = await fetch(session, _DISABLE, *arguments)
         for row in rows:
             await tell_disabled(session, row, lane.target.endpoint_id, reason)

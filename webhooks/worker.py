@@ -18,18 +18,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import Any, Final
 
-import msgspec
 import structlog
 
-from core.clock import Clock
 from core.database import DOWN, Database
-from core.egress import EgressPolicy
 from core.ids import new_id
 from core.plain_sql import fetch
-from core.sealing import Sealer
-from core.writer import GroupCommit, Writer
+from core.writer import Writer
 from webhooks import housekeeping
-from webhooks.attempts import Sender
 from webhooks.dispatch import Dispatcher
 from webhooks.fan_out import FanOut
 from webhooks.key_acts import tell_expiring
@@ -37,7 +32,9 @@ from webhooks.lanes import Lane
 from webhooks.listening import listen
 from webhooks.outcomes import Recorded
 from webhooks.ownership import Ownership, Standing
+from webhooks.recording import Recording
 from webhooks.stats import DeliveryStats
+from webhooks.worker_parts import Bounds, Pace, WorkerParts
 from webhooks.workload import Workload, WorkloadStores
 
 _STATEMENT_SECONDS_MAX: Final = 10.0
@@ -45,52 +42,29 @@ _STATEMENT_SECONDS_MAX: Final = 10.0
 # 60 ms against 7 s with a thousand endpoints.
 _PLANNED_ANEW: Final = {"plan_cache_mode": "force_custom_plan"}
 _NAMED: Final = {"application_name": "aap-webhooks"}
-_RECORD_PAUSE_SECONDS: Final = 0.005
-_RECORD_ROWS_MAX: Final = 500
 _CLOSE_SECONDS_MAX: Final = 5.0
 _REPLACED_OF_FULL: Final = 0.1
 """What part of its endpoints a worker that can take no more leaves every second."""
-ENDPOINTS_MAX: Final = 2_000
 # A backlog is counted up to here: beyond, that it is long is all that matters.
 _COUNTED_MAX: Final = 100_000
 _DUE: Final = """
-SELECT count(*) AS due, coalesce(extract(epoch FROM now() - min(due_at)), 0)::float8 AS oldest_seconds FROM (
-  SELECT d.due_at FROM webhook_deliveries d JOIN webhook_endpoints e ON e.id = d.endpoint_id
-  WHERE d.state = 'pending' AND d.due_at <= now() AND e.disabled_at IS NULL AND e.deleted_at IS NULL
-    AND coalesce(e.resting_until <= now(), true)
-  LIMIT $1
-) AS waiting
+WITH awake AS (
+  SELECT id FROM webhook_endpoints
+  WHERE disabled_at IS NULL AND deleted_at IS NULL AND coalesce(resting_until <= now(), true)
+)
+SELECT
+  (SELECT count(*) FROM (
+     SELECT FROM awake e JOIN webhook_deliveries d ON d.endpoint_id = e.id
+     WHERE d.state = 'pending' AND d.due_at <= now() LIMIT $1
+   ) AS waiting) AS due,
+  extract(epoch FROM now() - (
+    SELECT min(d.due_at) FROM awake e CROSS JOIN LATERAL (
+      SELECT due_at FROM webhook_deliveries p
+      WHERE p.endpoint_id = e.id AND p.state = 'pending' AND p.due_at <= now() ORDER BY due_at LIMIT 1
+    ) d
+  ))::float8 AS oldest_seconds
 """
 _log = structlog.get_logger(__name__)
-
-
-class Pace(msgspec.Struct, frozen=True, kw_only=True):
-    """How long each act rests between two rounds, and after one for which PostgreSQL was down."""
-
-    poll_seconds: float = 1.0
-    spread_seconds: float = 0.25
-    """What is written with the group commit of calls is not announced."""
-    round_seconds_min: float = 0.01
-    """Who is woken more often than that goes on at this pace."""
-    take_seconds_min: float = 0.05
-    """Looking for endpoints that nobody has costs a step along the index for each that is due something."""
-    beat_seconds: float = 1.0
-    lease_seconds: float = 10.0
-    tidy_seconds: float = 5.0
-    measure_seconds: float = 10.0
-    delete_seconds: float = 3_600.0
-    expiring_seconds: float = 300.0
-    retry_seconds: float = 0.5
-    drain_seconds: float = 20.0
-
-
-class WorkerParts(msgspec.Struct, frozen=True):
-    """What a worker works with."""
-
-    sender: Sender
-    sealer: Sealer
-    policy: Callable[[], EgressPolicy]
-    clock: Clock
 
 
 class WebhookWorker:
@@ -103,12 +77,10 @@ class WebhookWorker:
         *,
         retention: timedelta,
         pace: Pace | None = None,
-        endpoints_max: int = ENDPOINTS_MAX,
+        bounds: Bounds | None = None,
     ) -> None:
-        """*retention* is how long events, deliveries and attempts are kept.
-
-        Of more endpoints than *endpoints_max* that always have something to send, this worker has some at a time.
-        """
+        """*retention* is how long events, deliveries and attempts are kept."""
+        bounds = bounds or Bounds()
         clock = parts.clock
         self._url = database_url
         self._clock = clock
@@ -126,13 +98,15 @@ class WebhookWorker:
         self._fan_out = FanOut(self._database)
         stores = self._stores
         self._ownership = Ownership(stores.beats.fetch, stores.reads.fetch, new_id("whw"), self._pace.lease_seconds)
-        self._workload = Workload(self._stores, self._ownership, parts.sealer, clock, endpoints_max)
+        self._workload = Workload(self._stores, self._ownership, parts.sealer, clock, bounds.endpoints_max)
         self._dispatcher = Dispatcher(
-            parts.sender, parts.policy, clock, stats=self.stats, done=self._note, may_begin=self._is_heard_of
+            parts,
+            stats=self.stats,
+            done=self._note,
+            may_begin=self._may_begin,
+            process_max=bounds.process_max,
         )
-        self._records: GroupCommit[tuple[Lane, Recorded]] = GroupCommit(
-            "webhooks.attempts", self._record, pause_seconds=_RECORD_PAUSE_SECONDS, rows_max=_RECORD_ROWS_MAX
-        )
+        self._records = Recording(self._record)
         self._heard_until = 0.0
         self._may_take = True
         self._take_at = 0.0
@@ -141,7 +115,6 @@ class WebhookWorker:
         self._due = asyncio.Event()
         self._urgent = asyncio.Event()
         self._verdicts = asyncio.Event()
-        self._surplus = 0
 
     async def run(self) -> None:
         """Work until cancelled; then finish what is under way, within bounds, and leave the endpoints to others."""
@@ -168,7 +141,8 @@ class WebhookWorker:
     async def beat(self) -> None:
         """Say that this worker is there, and see which endpoints are still its own. Nobody's lock holds this up."""
         begun_at = self._clock.monotonic_seconds()
-        self._surplus = self._surplus_of(await self._ownership.beat())
+        standing = await self._ownership.beat()
+        self._workload.leave(len(self._workload) if self._is_closing else self._surplus_of(standing))
         await self._workload.check()
         # Only now: what it had before a pause may be others' by this time.
         self._heard_until = begun_at + self._pace.lease_seconds - self._pace.beat_seconds
@@ -178,7 +152,7 @@ class WebhookWorker:
     async def keep(self) -> None:
         """Write how endpoints are doing, leave those that others should have, and carry out verdicts."""
         await self._workload.save()
-        await self._workload.release(len(self._workload) if self._is_closing else self._surplus)
+        await self._workload.release()
         await self._workload.judge()
 
     async def spread(self) -> int:
@@ -196,13 +170,14 @@ class WebhookWorker:
         """Take endpoints that nobody sends to, and fetch what is due; return how many deliveries."""
         if not self._is_heard_of():
             return 0
+        await self._workload.load_changed()
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._may_take and now >= self._take_at:
             self._may_take, self._take_at = False, now + self._pace.take_seconds_min
-            await self._workload.take()
-        elif self._may_take:
-            loop.call_later(self._take_at - now, self._due.set)
+            self._may_take = await self._workload.take() or self._may_take
+        if self._may_take:
+            loop.call_later(max(self._take_at - now, 0.0), self._due.set)
         return await self._workload.refill(self._dispatcher)
 
     async def tidy(self) -> int:
@@ -213,13 +188,15 @@ class WebhookWorker:
         """Count what is due."""
         async with self._database.transaction() as session:
             row = (await fetch(session, _DUE, _COUNTED_MAX))[0]
-        self.stats.due, self.stats.oldest_due_seconds = row.due, row.oldest_seconds
+        age = row.oldest_seconds
+        self.stats.due = row.due
+        self.stats.oldest_due_since = None if age is None else self._clock.monotonic_seconds() - age
         self.stats.endpoints, self.stats.in_flight = len(self._workload), self._dispatcher.in_flight
 
     async def delete_old(self) -> int:
         """Delete what is kept no longer."""
         await self._ownership.forget()
-        return await housekeeping.delete_old(self._database, self._clock.now(), self._retention)
+        return await housekeeping.delete_old(self._database, self._retention)
 
     async def tell_expiring(self) -> int:
         """Tell of API keys that end within a week."""
@@ -241,17 +218,22 @@ class WebhookWorker:
     def _is_heard_of(self) -> bool:
         return self._clock.monotonic_seconds() < self._heard_until
 
+    def _may_begin(self) -> bool:
+        return self._is_heard_of() and not self._records.is_full
+
     def _note(self, lane: Lane, recorded: Recorded) -> None:
-        self._records.add((lane, recorded))
+        self._records.add(lane, recorded)
         if lane.health.disabled_for is not None:
             self._verdicts.set()
         if lane.is_hungry:
             self._due.set()
 
-    async def _record(self, recorded: list[tuple[Lane, Recorded]]) -> None:
-        await self._workload.record(recorded)
-        if any(lane.is_hungry for lane, _ in recorded):
+    async def _record(self, recorded: list[tuple[Lane, Recorded]]) -> list[tuple[Lane, Recorded]]:
+        could_begin = self._may_begin()
+        held = await self._workload.record(recorded)
+        if not could_begin or any(lane.is_hungry for lane, _ in recorded):
             self._due.set()
+        return held
 
     def _surplus_of(self, standing: Standing) -> int:
         surplus = len(self._workload) - math.ceil(standing.taken / standing.workers)

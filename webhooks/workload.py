@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from datetime import datetime
+from typing import Final
 
 import msgspec
 
@@ -15,13 +16,13 @@ from webhooks.dispatch import Dispatcher
 from webhooks.health import Health
 from webhooks.lanes import Lane
 from webhooks.outcomes import Due, Recorded, record
-from webhooks.ownership import Ownership
+from webhooks.ownership import TAKEN_AT_ONCE_MAX, Ownership
 from webhooks.targets import Target, load
 
 # Ownership is looked at in the same statement: who has lost an endpoint finds nothing due there.
 _FETCH: Final = """
 SELECT d.id, d.organization_id, d.endpoint_id, d.event_id, d.event_type, d.step, v.created_at, v.data::text AS data,
-  e.updated_at
+  coalesce(d.requested_at, v.created_at) AS asked_at, e.updated_at
 FROM unnest($1::text[], $2::int4[]) AS lane (endpoint_id, room)
 JOIN webhook_endpoints e
   ON e.id = lane.endpoint_id AND e.worker_id = $3 AND e.disabled_at IS NULL AND e.deleted_at IS NULL
@@ -101,15 +102,20 @@ class Workload:
         """An endpoint was changed: its secrets may be such as can be opened."""
         self._unreadable.pop(endpoint_id, None)
 
-    async def take(self) -> int:
-        """Take endpoints that are due something and that nobody sends to; return how many. Errors: those of DOWN."""
+    async def take(self) -> bool:
+        """Take endpoints that are due something and that nobody sends to; return whether there may be more.
+
+        Errors: those of DOWN.
+        """
         room = self.endpoints_max - len(self.lanes)
         if room <= 0:
-            return 0
+            return False
         now = self._clock.monotonic_seconds()
         self._unreadable = {one: until for one, until in self._unreadable.items() if until > now}
         taken = await self._ownership.take(room, [*self.lanes, *self._unreadable])
-        return await self._load(taken, are_taken=True) if taken else 0
+        if taken:
+            await self._load(taken, are_taken=True)
+        return len(taken) == TAKEN_AT_ONCE_MAX
 
     async def refill(self, dispatcher: Dispatcher) -> int:
         """Fetch what is due at lanes that run low, and have it sent; return how much it was. Errors: those of DOWN."""
@@ -124,16 +130,16 @@ class Workload:
         rows = await self._stores.reads.fetch(
             _FETCH, list(rooms), list(rooms.values()), self._ownership.worker_id, busy
         )
-        changed = {row["endpoint_id"] for row in rows if self._is_changed(row)}
-        if changed:
-            await self._load(list(changed))
+        for row in rows:
+            self._note_change(row["endpoint_id"], row["updated_at"])
+        await self.load_changed()
         found = dict.fromkeys(rooms, 0)
         for row in rows:
             lane = asked[row["endpoint_id"]]
             found[row["endpoint_id"]] += 1
-            if not lane.is_left and not lane.is_leaving and row["id"] not in lane.busy:
+            if lane.may_begin and row["id"] not in lane.busy:
                 lane.busy.add(row["id"])
-                lane.buffer.append(Due(*list(row.values())[:8]))
+                lane.buffer.append(Due(*list(row.values())[:-1]))
         for lane in hungry:
             # What was told of meanwhile may have come after the statement had looked.
             is_current = looks == self._looks
@@ -147,30 +153,42 @@ class Workload:
             if lane.buffer:
                 dispatcher.serve(lane)
 
-    async def record(self, recorded: list[tuple[Lane, Recorded]]) -> None:
-        """Write what came of attempts; from then on a delivery may be fetched again. Errors: those of DOWN."""
-        await record(self._stores.records.fetch, [one for _, one in recorded])
+    async def record(self, recorded: list[tuple[Lane, Recorded]]) -> list[tuple[Lane, Recorded]]:
+        """Write what came of attempts, and return those that are to be written later: somebody holds their deliveries.
+
+        Of the others, deliveries may be fetched again from then on. Errors: those of DOWN.
+        """
+        held = await record(self._stores.records.fetch, [one for _, one in recorded])
         for lane, one in recorded:
-            lane.busy.discard(one.due.delivery_id)
+            if one.due.delivery_id not in held:
+                lane.busy.discard(one.due.delivery_id)
+        return [pair for pair in recorded if pair[1].due.delivery_id in held]
+
+    async def load_changed(self) -> None:
+        """Load endpoints that were changed: until then nothing more is sent to them. Errors: those of DOWN."""
+        changed = [endpoint_id for endpoint_id, lane in self.lanes.items() if lane.is_outdated]
+        if changed:
+            await self._load(changed)
 
     async def check(self) -> None:
-        """Let go of endpoints that are no longer this worker's, and load those that were changed."""
+        """Let go of endpoints that are no longer this worker's, and note which were changed.
+
+        Nothing else waits on this connection: who was disabled is sent nothing more, whatever reads wait for.
+        """
+        self._left = {endpoint_id: lane for endpoint_id, lane in self._left.items() if lane.busy}
         if not self.lanes:
             return
         asked = dict(self.lanes)
         rows = await self._stores.beats.fetch(_MINE, list(asked), self._ownership.worker_id)
         mine = {row["id"]: row["updated_at"] for row in rows}
-        changed: list[str] = []
         for endpoint_id, lane in asked.items():
             # One that was taken, or let go of, while PostgreSQL answered is not spoken of.
             if self.lanes.get(endpoint_id) is not lane:
                 continue
             if endpoint_id not in mine:
                 self._drop(endpoint_id)
-            elif lane.target.updated_at != mine[endpoint_id]:
-                changed.append(endpoint_id)
-        if changed:
-            await self._load(changed)
+            else:
+                self._note_change(endpoint_id, mine[endpoint_id])
 
     async def judge(self) -> None:
         """Warn of endpoints that fail, and disable those that have for too long. Errors: those of DOWN.
@@ -179,12 +197,12 @@ class Workload:
         """
         due = [lane for lane in self.lanes.values() if lane.is_to_be_judged]
         for lane in due[:_VERDICTS_AT_ONCE]:
+            percent = lane.health.warned_percent
             if lane.health.disabled_for is not None:
                 if await verdicts.disable(self._stores.database, lane, lane.health.disabled_for):
                     self._drop(lane.target.endpoint_id)
-            else:
-                await verdicts.warn(self._stores.database, lane)
-                lane.said_percent = lane.health.warned_percent
+            elif await verdicts.warn(self._stores.database, lane):
+                lane.said_percent = percent
 
     async def save(self) -> None:
         """Write how endpoints are doing, where that has changed. Errors: those of DOWN."""
@@ -213,14 +231,19 @@ class Workload:
             for lane in lanes:
                 lane.is_unsaved = lane.is_unsaved or lane.target.endpoint_id not in saved
 
-    async def release(self, surplus: int) -> None:
-        """Leave endpoints that rest or have nothing to do, and *surplus* more, to whoever asks next."""
+    def leave(self, count: int) -> None:
+        """Begin nothing more at *count* endpoints, those that were taken first, and at the others go on.
+
+        Two who send to one endpoint would be twice what it takes: what is under way comes to its end before `release`.
+        """
+        for place, lane in enumerate(self.lanes.values()):
+            lane.is_leaving = place < count
+
+    async def release(self) -> None:
+        """Leave endpoints that rest, have nothing to do, or are to be left, to whoever asks next."""
         now, monotonic = self._clock.now(), self._clock.monotonic_seconds()
         left: list[str] = []
         for endpoint_id, lane in self.lanes.items():
-            # Two who send to one endpoint would be twice what it takes: what is under way comes to its end first.
-            lane.is_leaving = surplus > 0
-            surplus -= 1
             if lane.is_leaving or lane.is_resting(now):
                 lane.forget_buffer()
             # A verdict that is not carried out yet would be forgotten with the lane.
@@ -238,12 +261,11 @@ class Workload:
             self.lanes[endpoint_id].is_leaving = True
         for endpoint_id in await self._ownership.release(left):
             self._drop(endpoint_id)
-        self._left = {endpoint_id: lane for endpoint_id, lane in self._left.items() if lane.busy}
 
     def __len__(self) -> int:
         return len(self.lanes)
 
-    async def _load(self, endpoint_ids: list[str], *, are_taken: bool = False) -> int:
+    async def _load(self, endpoint_ids: list[str], *, are_taken: bool = False) -> None:
         """Load endpoints; only those that *are_taken* get a lane. Others may have been let go of meanwhile."""
         loaded, broken = await load(
             self._stores.reads.fetch, endpoint_ids, self._ownership.worker_id, self._sealer, self._clock
@@ -256,7 +278,6 @@ class Workload:
                 self.lanes[target.endpoint_id] = self._lane(target, health)
         if broken:
             await self._leave_to_others(broken)
-        return len(loaded)
 
     def _lane(self, target: Target, health: Health) -> Lane:
         left = self._left.pop(target.endpoint_id, None)
@@ -273,9 +294,10 @@ class Workload:
             self._drop(endpoint_id)
         await self._ownership.release(endpoint_ids)
 
-    def _is_changed(self, row: Any) -> bool:
-        lane = self.lanes.get(row["endpoint_id"])
-        return lane is not None and lane.target.updated_at != row["updated_at"]
+    def _note_change(self, endpoint_id: str, updated_at: datetime) -> None:
+        lane = self.lanes.get(endpoint_id)
+        if lane is not None and lane.target.updated_at != updated_at:
+            lane.is_outdated = True
 
     def _drop(self, endpoint_id: str) -> None:
         lane = self.lanes.pop(endpoint_id, None)

@@ -120,6 +120,8 @@ class Http1Client:
             self._counters.requests_retried_stale += 1
             is_reused = False
             connect_at = loop.time() + deadlines.connect_seconds
+            # The pool may have been empty, and forgotten, meanwhile.
+            pool = self._pools.get(request.origin) or self._open_pool(request.origin)
             connection = await acquire(pool, connect_at, total_at, is_fresh=True)
 
     async def close(self) -> None:
@@ -134,8 +136,13 @@ class Http1Client:
             raise closed_error()
         tls = self._tls if origin.scheme == "https" else None
         route = Route(origin, self._proxies.proxy_for(origin), tls, self._resolve)
-        pool = self._pools[origin] = OriginPool(route, self._limits, self._counters)
+        pool = self._pools[origin] = OriginPool(route, self._limits, self._counters, self._forget)
         return pool
+
+    def _forget(self, pool: OriginPool) -> None:
+        """Let go of an origin that nothing is connected to: there may be any number of them in time."""
+        if self._pools.get(pool.origin) is pool:
+            del self._pools[pool.origin]
 
 
 async def acquire(pool: OriginPool, connect_at: float, total_at: float, *, is_fresh: bool) -> Http1Connection:

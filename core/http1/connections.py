@@ -2,12 +2,14 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
 from core.http1.connection import ConnectionCounters, ConnectionOwner, Http1Connection
 from core.http1.dial import Route, dial
 from core.http1.errors import ConnectFailed, ConnectTimedOut
+from core.http1.messages import Origin
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,6 +33,7 @@ class OriginPool:
         "_is_closed",
         "_limits",
         "_loop",
+        "_on_empty",
         "_owner",
         "_route",
         "_size",
@@ -41,7 +44,15 @@ class OriginPool:
         "target_prefix",
     )
 
-    def __init__(self, route: Route, limits: ConnectionLimits, counters: ConnectionCounters) -> None:
+    def __init__(
+        self,
+        route: Route,
+        limits: ConnectionLimits,
+        counters: ConnectionCounters,
+        on_empty: Callable[["OriginPool"], None] = lambda _: None,
+    ) -> None:
+        """*on_empty* is called whenever no connection is left, nor anybody who waits for one."""
+        self._on_empty = on_empty
         self._loop = asyncio.get_running_loop()
         self._route = route
         self._limits = limits
@@ -57,6 +68,11 @@ class OriginPool:
         self.connections: set[Http1Connection] = set()
         self.target_prefix = route.target_prefix
         self.fixed_lines = route.fixed_lines
+
+    @property
+    def origin(self) -> Origin:
+        """Where they lead."""
+        return self._route.origin
 
     @property
     def origin_address(self) -> str:
@@ -198,9 +214,16 @@ class OriginPool:
                 waiter.set_result(None)
                 return
         self._size -= 1
-        if self._size == 0 and self._sweep is not None:
-            self._sweep.cancel()
-            self._sweep = None
+        if self._size == 0:
+            if self._sweep is not None:
+                self._sweep.cancel()
+                self._sweep = None
+            # Not at once: whoever closes the last one to dial another is about to take its place.
+            self._loop.call_soon(self._tell_if_empty)
+
+    def _tell_if_empty(self) -> None:
+        if self._size == 0 and not self._waiters:
+            self._on_empty(self)
 
     def _close_old(self) -> None:
         """Close what has been idle too long. One timer serves them all: the oldest is at the front."""

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from webhooks.attempts import Sender
 from webhooks.endpoints import EndpointView, NewEndpoint, create_endpoint
 from webhooks.events import EXAMPLES
 from webhooks.signing import PlatformKeys, secret_text
-from webhooks.worker import ENDPOINTS_MAX, Pace, WebhookWorker, WorkerParts
+from webhooks.worker import WebhookWorker
+from webhooks.worker_parts import Bounds, Pace, WorkerParts
 
 POLICY = EgressPolicy(allow=("127.0.0.0/8",), ports="any", plain_http=True)
 """A test's receivers are on this machine."""
@@ -74,21 +75,21 @@ async def worker(
     *,
     clock: Clock | None = None,
     pace: Pace | None = None,
-    policy: EgressPolicy = POLICY,
-    endpoints_max: int = ENDPOINTS_MAX,
+    policy_of: Callable[[], EgressPolicy] = lambda: POLICY,
+    bounds: Bounds | None = None,
 ) -> AsyncGenerator[WebhookWorker]:
-    """A worker in this process."""
+    """A worker in this process. *policy_of* says, at each attempt, under which policy an address is looked at."""
     clock = clock or SystemClock()
     # A test that ends has seen what it came for.
     pace = pace or Pace(drain_seconds=0.5)
-    client = GuardedClient(Guard(lambda: policy), ConnectionLimits())
+    client = GuardedClient(Guard(lambda: POLICY), ConnectionLimits())
     sender = Sender(client, PlatformKeys((SEED,)), clock)
     made = WebhookWorker(
         url,
-        WorkerParts(sender, SEALER, lambda: policy, clock),
+        WorkerParts(sender, SEALER, policy_of, clock),
         retention=timedelta(days=30),
         pace=pace,
-        endpoints_max=endpoints_max,
+        bounds=bounds,
     )
     task = asyncio.create_task(made.run())
     try:

@@ -336,6 +336,36 @@ def closed_port_request() -> UpstreamRequest:
     return UpstreamRequest(Origin("http", "127.0.0.1", port), b"POST", b"/", [], b"")
 
 
+class TestOrigins:
+    async def test_one_that_nobody_is_connected_to_is_forgotten(self, client, upstream) -> None:
+        """Guarantee: any number of origins, as customers may choose them, fill no memory."""
+        peer = await send_ok(client, upstream)
+        assert list(client._pools) == [upstream.origin()]
+        peer.close()
+        await until(lambda: not client._pools)
+        await send_ok(client, upstream)
+        assert (client.connections_open, list(client._pools)) == (1, [upstream.origin()])
+
+    async def test_one_that_cannot_be_reached_is_forgotten(self, client) -> None:
+        request = UpstreamRequest(Origin("http", "127.0.0.1", 1), b"POST", b"/", [], b"{}")
+        with pytest.raises(ConnectFailed):
+            await client.send(request, DEADLINES)
+        await until(lambda: not client._pools)
+
+    async def test_a_retry_after_its_last_connection_is_known_to_the_client(self, upstream) -> None:
+        """Guarantee: closing the client closes it, too."""
+        async with open_client() as client:
+            peer = await send_ok(client, upstream)
+            stale = asyncio.create_task(client.send(upstream.request(), DEADLINES))
+            await peer.request()
+            peer.close()
+            await (await upstream.accept()).answer()
+            await stale
+            assert client.requests_retried_stale == 1
+            (pool,) = client._pools.values()
+            assert len(pool.connections) == client.connections_open == 1
+
+
 class TestConnecting:
     async def test_a_refused_connection_says_so(self, client) -> None:
         with pytest.raises(ConnectFailed, match="refused") as caught:

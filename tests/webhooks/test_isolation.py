@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tests.harness.eventually import eventually, moment
 from tests.harness.webhook_place import SEALER, new_endpoint, publish_many, worker
 from tests.harness.webhook_sink import Arrival, Sink, status
@@ -9,6 +11,7 @@ from tests.webhooks.conftest import Own
 from webhooks.dispatch import ORGANIZATION_MAX
 from webhooks.endpoints import get_endpoint
 from webhooks.lanes import IN_FLIGHT_MAX
+from webhooks.worker_parts import Bounds
 
 
 async def test_what_never_answers_holds_little_and_others_are_served(own: Own, receiver: Sink) -> None:
@@ -95,5 +98,29 @@ async def test_endpoints_that_are_always_busy_leave_room_for_the_others(own: Own
     for path in paths:
         await new_endpoint(own.database, receiver.url(path), own.organization_id, requests_per_second=2)
     await publish_many(own.database, [own.organization_id] * 100)
-    async with worker(own.url, endpoints_max=3):
+    async with worker(own.url, bounds=Bounds(endpoints_max=3)):
         await eventually(lambda: all(receiver.arrivals[path] for path in paths), 20)
+
+
+async def test_a_full_process_gives_room_organization_by_organization(own: Own, receiver: Sink) -> None:
+    """Guarantee: with more to send than a process bears, no organization has all the room."""
+    loop = asyncio.get_running_loop()
+
+    def slowly(arrival: Arrival) -> None:
+        loop.call_later(0.02, receiver.answer_late, arrival.path, status(200))
+
+    organizations = [await own.new_organization() for _ in range(6)]
+    for place, organization in enumerate(organizations):
+        for number in range(4):
+            path = f"/{place}/{number}"
+            receiver.answers[path] = slowly
+            await new_endpoint(own.database, receiver.url(path), organization)
+    async with worker(own.url, bounds=Bounds(process_max=40)):
+        await publish_many(own.database, organizations * 150)
+        await eventually(lambda: _taken(receiver) > 1_200, 30)
+        counts = [sum(len(receiver.arrivals[f"/{place}/{number}"]) for number in range(4)) for place in range(6)]
+    assert max(counts) < 2 * min(counts)
+
+
+def _taken(receiver: Sink) -> int:
+    return sum(len(arrivals) for arrivals in receiver.arrivals.values())

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+import resource
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from core.clock import SystemClock
+from core.egress import EgressPolicy
 from core.ids import id_range_start
 from core.plain_sql import fetch
 from keys.lifecycle import NewKey
 from keys.tenants import create_project
 from tests.conftest import PEPPER
 from tests.harness.eventually import eventually, moment
-from tests.harness.webhook_place import POLICY, SEALER, new_endpoint, publish_many, worker
+from tests.harness.webhook_place import POLICY, SEALER, WorkerProcess, new_endpoint, publish_many, worker
 from tests.harness.webhook_sink import Arrival, Sink, status
 from tests.webhooks.conftest import Own
 from webhooks import key_acts
-from webhooks.dispatch import Dispatcher
 from webhooks.endpoints import EndpointChange, disable_endpoint, enable_endpoint, get_endpoint, update_endpoint
+from webhooks.fan_out import FanOut
 from webhooks.housekeeping import delete_old
-from webhooks.resend import Replay, recover, replay
-from webhooks.worker import Pace
+from webhooks.ownership import TAKEN_AT_ONCE_MAX
+from webhooks.resend import Replay, recover, replay, resend
+from webhooks.worker_parts import Bounds, Pace
 
 
 async def sql(own: Own, statement: str, *arguments: object) -> list[Any]:
@@ -118,14 +123,13 @@ async def test_another_address_begins_anew(own: Own, receiver: Sink) -> None:
     assert (found.status, found.consecutive_failures) == ("enabled", 0)
 
 
-async def test_what_a_process_bears_is_no_bound_for_who_has_little(own: Own, receiver: Sink, monkeypatch: Any) -> None:
-    monkeypatch.setattr("webhooks.dispatch.PROCESS_MAX", 10)
+async def test_what_a_process_bears_is_no_bound_for_who_has_little(own: Own, receiver: Sink) -> None:
     other = await own.new_organization()
     for number in range(10):
         await new_endpoint(own.database, receiver.url(f"/slow{number}"), own.organization_id)
         receiver.answers[f"/slow{number}"] = lambda _: None
     await new_endpoint(own.database, receiver.url("/well"), other)
-    async with worker(own.url) as made:
+    async with worker(own.url, bounds=Bounds(process_max=10)) as made:
         await publish_many(own.database, [own.organization_id] * 3)
         await eventually(lambda: made._dispatcher.in_flight == 10)
         await publish_many(own.database, [other] * 30)
@@ -133,18 +137,9 @@ async def test_what_a_process_bears_is_no_bound_for_who_has_little(own: Own, rec
         await eventually(lambda: made._dispatcher.in_flight == 10)
 
 
-async def test_an_error_of_ours_uses_up_no_attempt_and_is_no_fault_of_the_endpoint(
-    own: Own, receiver: Sink, monkeypatch: Any
-) -> None:
+async def test_an_error_of_ours_uses_up_no_attempt_and_is_no_fault_of_the_endpoint(own: Own, receiver: Sink) -> None:
     view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
-    whole = Dispatcher._attempt
-
-    async def broken(self: Dispatcher, *arguments: Any) -> None:
-        monkeypatch.setattr(self, "_policy", lambda: 1 / 0)
-        await whole(self, *arguments)
-
-    monkeypatch.setattr(Dispatcher, "_attempt", broken)
-    async with worker(own.url):
+    async with worker(own.url, policy_of=_broken):
         await publish_many(own.database, [own.organization_id] * 6)
         await eventually(lambda: _attempted(own, 6))
     rows = await sql(own, "SELECT DISTINCT state, step, last_problem, due_at > now() AS later FROM webhook_deliveries")
@@ -152,6 +147,10 @@ async def test_an_error_of_ours_uses_up_no_attempt_and_is_no_fault_of_the_endpoi
     async with own.database.transaction() as session:
         found = await get_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
     assert found.status == "enabled"
+
+
+def _broken() -> EgressPolicy:
+    raise ZeroDivisionError
 
 
 async def _attempted(own: Own, count: int) -> bool:
@@ -166,11 +165,10 @@ async def test_a_key_that_expires_is_told_once_however_short_events_are_kept(own
         await key_acts.create_key(
             session, new, organization_id=own.organization_id, project_id=project.id, pepper=PEPPER
         )
-    for day in range(2):
-        later = now + timedelta(days=day * 0.4)
-        assert await key_acts.tell_expiring(own.database, later) == (1 if day == 0 else 0)
+    for passed in (timedelta(), timedelta(days=0.4)):
+        assert await key_acts.tell_expiring(own.database, now + passed) == (0 if passed else 1)
         # The shortest that can be set.
-        await delete_old(own.database, later, timedelta(days=8))
+        await delete_old(own.database, timedelta(days=10) - passed)
     rows = await sql(own, "SELECT data::text AS data FROM webhook_events WHERE type = 'key.expiring'")
     assert [msgspec.json.decode(row.data)["name"] for row in rows] == ["short"]
 
@@ -178,17 +176,10 @@ async def test_a_key_that_expires_is_told_once_however_short_events_are_kept(own
 async def test_an_answer_that_is_lost_when_endpoints_are_taken_loses_no_endpoint(own: Own, receiver: Sink) -> None:
     await new_endpoint(own.database, receiver.url(), own.organization_id)
     async with worker(own.url) as made:
-        real, broken = made._workload._load, [True]
-
-        async def load(*arguments: Any, **more: Any) -> int:
-            if broken and broken.pop():
-                raise OSError("the connection is gone")
-            return await real(*arguments, **more)
-
-        made._workload._load = load
+        # As PostgreSQL has it then: the endpoint is this worker's, and it knows nothing of that.
+        await sql(own, "UPDATE webhook_endpoints SET worker_id = $1", made._ownership.worker_id)
         ids = await publish_many(own.database, [own.organization_id] * 3)
         await eventually(lambda: receiver.counts.keys() == set(ids))
-        assert not broken
 
 
 async def test_whoever_holds_an_endpoints_row_stops_no_worker(own: Own, receiver: Sink) -> None:
@@ -267,3 +258,128 @@ async def test_a_replay_finds_what_was_told_since_however_old_it_is(own: Own, re
             assert await replay(session, view.id, chosen, organization_id=owner, is_dry_run=False) == 1
             assert await recover(session, view.id, chosen.since, organization_id=owner, is_dry_run=True) == 1
         await eventually(lambda: receiver.counts[event_id] == 2)
+
+
+class _Ahead(SystemClock):
+    def now(self) -> datetime:
+        return super().now() + timedelta(days=60)
+
+
+async def test_a_worker_whose_clock_is_ahead_deletes_nothing(own: Own, receiver: Sink) -> None:
+    receiver.answers["/hook"] = lambda _: status(500)
+    await new_endpoint(own.database, receiver.url(), own.organization_id)
+    async with worker(own.url, clock=_Ahead()) as made:
+        await publish_many(own.database, [own.organization_id] * 3)
+        await eventually(lambda: _attempted(own, 3))
+        assert await made.delete_old() == 0
+    assert (await sql(own, "SELECT count(*) AS n FROM webhook_deliveries WHERE state = 'pending'"))[0].n == 3
+
+
+async def test_a_surplus_is_left_once_however_often_it_is_looked_at(own: Own, receiver: Sink) -> None:
+    for number in range(20):
+        await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
+    pace = Pace(beat_seconds=5.0, lease_seconds=30.0, drain_seconds=0.5)
+    async with worker(own.url, pace=pace) as made:
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: len(made._workload) == 20)
+        await eventually(lambda: not any(lane.busy for lane in made._workload.lanes.values()))
+        await made.keep()
+        # Another worker, with a share of half of them.
+        await sql(own, "INSERT INTO webhook_workers (worker_id) VALUES ('whw_other')")
+        await made.beat()
+        for _ in range(3):
+            await made.keep()
+            assert len(made._workload) == 10
+
+
+async def test_what_ends_after_its_delivery_was_given_up_is_counted(own: Own, receiver: Sink) -> None:
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    receiver.answers["/hook"] = lambda _: None
+    async with worker(own.url, pace=Pace(tidy_seconds=0.1, drain_seconds=0.5)):
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: receiver.waiting["/hook"])
+        async with own.database.transaction() as session:
+            await disable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+        await eventually(lambda: sql(own, "SELECT 1 FROM webhook_deliveries WHERE state = 'failed'"))
+        receiver.answer_late("/hook", status(500))
+        await eventually(lambda: _attempted(own, 1))
+    (row,) = await sql(own, "SELECT state, attempts, last_status, last_problem FROM webhook_deliveries")
+    assert tuple(row) == ("failed", 1, 500, "answered 500")
+
+
+async def test_how_long_a_first_attempt_was_waited_for_is_counted_from_when_it_was_asked_for(
+    own: Own, receiver: Sink
+) -> None:
+    await new_endpoint(own.database, receiver.url(), own.organization_id)
+    async with worker(own.url) as made:
+        (event_id,) = await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: sql(own, "SELECT 1 FROM webhook_deliveries WHERE state = 'succeeded'"))
+        await sql(own, "UPDATE webhook_events SET created_at = now() - interval '3 days'")
+        (row,) = await sql(own, "SELECT id FROM webhook_deliveries")
+        async with own.database.transaction() as session:
+            await resend(session, row.id, organization_id=own.organization_id)
+        await eventually(lambda: receiver.counts[event_id] == 2)
+        assert (sum(made.stats.waits.counts), made.stats.waits.counts[-1]) == (2, 0)
+
+
+async def test_more_endpoints_than_are_taken_at_once_are_taken_without_anything_new(own: Own, receiver: Sink) -> None:
+    receiver.keeps = False
+    organizations = [await own.new_organization() for _ in range(5)]
+    for organization in organizations:
+        for number in range(50):
+            await new_endpoint(own.database, receiver.url(f"/{number}"), organization)
+    await publish_many(own.database, organizations)
+    await FanOut(own.database).once()
+    slow = Pace(poll_seconds=60.0, spread_seconds=60.0, beat_seconds=60.0, lease_seconds=200.0, drain_seconds=0.5)
+    async with worker(own.url, pace=slow):
+        await eventually(lambda: sum(receiver.counts.values()) == 250 > TAKEN_AT_ONCE_MAX)
+
+
+async def test_what_is_due_grows_older_while_postgresql_is_away(own: Own, receiver: Sink) -> None:
+    await new_endpoint(own.database, receiver.url(), own.organization_id, requests_per_second=1)
+    async with worker(own.url) as made:
+        await publish_many(own.database, [own.organization_id] * 30)
+        await eventually(lambda: receiver.counts)
+        await made.measure()
+        now = SystemClock().monotonic_seconds()
+        age = made.stats.oldest_due_seconds(now)
+        assert made.stats.due > 0
+        assert 0 < age < 30
+        assert made.stats.oldest_due_seconds(now + 100) == pytest.approx(age + 100)
+
+
+async def test_want_of_descriptors_is_no_fault_of_the_endpoint(own: Own, receiver: Sink) -> None:
+    view, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with worker(own.url) as made:
+        await eventually(made._is_heard_of)
+        (event_id,) = await publish_many(own.database, [own.organization_id])
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            await eventually(lambda: made.stats.results["postponed"])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await eventually(lambda: _attempted(own, 1))
+        (row,) = await sql(own, "SELECT state, step, last_problem FROM webhook_deliveries")
+        assert tuple(row) == ("pending", 0, "there was no connection to spare here")
+        await sql(own, "UPDATE webhook_deliveries SET due_at = now()")
+        await eventually(lambda: event_id in receiver.counts)
+    async with own.database.transaction() as session:
+        found = await get_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+    assert found.status == "enabled"
+
+
+async def test_a_worker_has_as_many_descriptors_as_it_may(own: Own, workdir: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    process = WorkerProcess(own.stores, workdir)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        await process.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert process.process is not None
+    try:
+        await eventually(lambda: "webhooks.started" in process.log, 20)
+        assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        await process.stop()

@@ -118,7 +118,7 @@ class TestRetryAfter:
 
 
 def concluded(step: int, problem: str | None, status: int | None = 500, wait: float | None = None) -> Recorded:
-    due = Due("dlv_1", "org_1", "whe_1", "evt_1", "ping", step, NOW, "{}")
+    due = Due("dlv_1", "org_1", "whe_1", "evt_1", "ping", step, NOW, "{}", NOW)
     return conclude(due, Outcome(status, problem, 1, None, wait, NOW))
 
 

@@ -14,7 +14,7 @@ from tests.harness.webhook_sink import Sink, status
 from tests.webhooks.conftest import Own
 from webhooks.deliveries import DeliveryFilter, DeliveryView, list_deliveries
 from webhooks.endpoints import EndpointView, enable_endpoint, get_endpoint
-from webhooks.worker import Pace
+from webhooks.worker_parts import Pace
 
 BRISK = Pace(poll_seconds=0.1, beat_seconds=0.1, tidy_seconds=0.1, drain_seconds=0.5)
 
@@ -45,8 +45,8 @@ async def failing_for(own: Own, endpoint: EndpointView, age: str) -> None:
     """Let *endpoint*, which no worker has, have failed for *age*, with what it is due to be tried now."""
     await sql(
         own,
-        "UPDATE webhook_endpoints SET failing_since = now() - $2::text::interval, consecutive_failures = 1 "
-        "WHERE id = $1 AND worker_id IS NULL",
+        "UPDATE webhook_endpoints e SET failing_since = now() - $2::text::interval, consecutive_failures = 1 "
+        "WHERE id = $1 AND NOT EXISTS (SELECT FROM webhook_workers w WHERE w.worker_id = e.worker_id)",
         endpoint.id,
         age,
     )

@@ -49,7 +49,7 @@ async def private(workdir: Path, stores: TestStores, receiver: Sink) -> AsyncIte
 
 
 async def _publish(private: Private, count: int, per_second: int) -> list[str]:
-    """Publish *count* events at a pace; what PostgreSQL did not take, because it was down, is published again."""
+    """Publish *count* events at a pace, more where PostgreSQL went down; return those that it says to have taken."""
     ids: list[str] = []
     started = time.monotonic()
     while len(ids) < count:
@@ -90,8 +90,11 @@ async def test_no_event_is_missed_and_duplicates_have_the_same_id(
         await one.start()
     published = asyncio.create_task(_publish(private, EVENTS, 1_000))
     hurts = await _hurt(private, workers, seed, published)
-    ids = await published
+    said = await published
     assert hurts >= 2
+    # One that went down in the middle of a commit may have taken more than it could say.
+    ids = await _happened(private)
+    assert ids >= set(said)
     expected = len(ids) * ENDPOINTS_EACH
 
     def is_whole() -> bool:
@@ -104,8 +107,13 @@ async def test_no_event_is_missed_and_duplicates_have_the_same_id(
     duplicates = sum(receiver.counts.values()) - expected
     # Each is an attempt that was under way, or not yet written down, when its worker died.
     record_testsuite_property(f"seed {seed}", f"{hurts} kills, {duplicates} duplicates")
-    assert receiver.counts.keys() == set(ids)
+    assert receiver.counts.keys() == ids
     assert duplicates <= hurts * 700
+
+
+async def _happened(private: Private) -> set[str]:
+    async with private.database.transaction() as session:
+        return {row.id for row in await fetch(session, "SELECT id FROM webhook_events")}
 
 
 async def _succeeded(private: Private, expected: int) -> bool:

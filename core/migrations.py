@@ -5,13 +5,17 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any, Final
 
+import structlog
 from sqlalchemy import Connection, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 from core.database import Database
 
 # Two processes that migrate at once take turns.
 _LOCK: Final = 0x616170
+_DEADLOCK: Final = "40P01"
+_TRIES: Final = 5
+_log = structlog.get_logger(__name__)
 
 
 def expected_revision() -> str:
@@ -26,7 +30,18 @@ async def is_current(database: Database) -> bool:
 
 
 async def upgrade(database: Database) -> str:
-    """Bring the schema up to date, one process at a time; return its revision. Idempotent."""
+    """Bring the schema up to date, one process at a time; return its revision. Idempotent.
+
+    A process that runs may hold what this needs and want what this has: PostgreSQL ends one of the two, and if that is
+    this one, it is tried again. Errors: SQLAlchemy's.
+    """
+    for _ in range(_TRIES - 1):
+        try:
+            return await database.run(_upgrade)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) != _DEADLOCK:
+                raise
+            _log.warning("migrations.deadlocked")
     return await database.run(_upgrade)
 
 

@@ -35,12 +35,13 @@ class Dispatcher:
         *,
         stats: DeliveryStats,
         done: Callable[[Lane, Recorded], None],
-        may_begin: Callable[[], bool],
+        may_begin: Callable[[Lane], bool],
         process_max: int,
     ) -> None:
         """*done* is called with every attempt that has ended, once its lane has taken note of it.
 
-        *may_begin* tells whether attempts may be begun at all; of *process_max* are under way, but for who has few.
+        *may_begin* tells whether attempts may be begun at all at a lane. No more than *process_max* are under way, but
+        for organizations that have few.
         """
         self._process_max = process_max
         self._sender = parts.sender
@@ -95,7 +96,7 @@ class Dispatcher:
             or not lane.may_begin
             or lane.in_flight >= lane.window
             or self._is_closing
-            or not self._may_begin()
+            or not self._may_begin(lane)
         ):
             return False
         if lane.is_resting(self._clock.now()):

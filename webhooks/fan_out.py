@@ -20,7 +20,7 @@ from core.plain_sql import fetch
 from webhooks.interests import Breather, Candidate, Interest, is_wanted
 
 EVENTS_MAX: Final = 500
-"""How many events there are in a round, unless more organizations than that wait."""
+"""How many events there are in a round."""
 ORGANIZATIONS_MAX: Final = 100
 FILTER_SECONDS_MAX: Final = 0.02
 """After so long an organization's other events wait for the next round."""

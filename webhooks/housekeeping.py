@@ -12,7 +12,7 @@ from core.plain_sql import fetch
 _BATCH: Final = 5_000
 # Who enables an endpoint waits until its batch is written, so that what is recovered next is not given up. What
 # somebody holds is left for the next time.
-_GIVE_UP: Final = """
+GIVE_UP: Final = """
 WITH disabled AS (
   SELECT id FROM webhook_endpoints e
   WHERE disabled_at IS NOT NULL AND deleted_at IS NULL
@@ -67,7 +67,7 @@ DELETE FROM webhook_events WHERE id IN (
 
 async def give_up_on_disabled(database: Database) -> int:
     """End the deliveries that disabled endpoints were still due; return how many. They can be recovered."""
-    return await _in_batches(database, _GIVE_UP)
+    return await _in_batches(database, GIVE_UP)
 
 
 async def delete_old(database: Database, retention: timedelta) -> int:

@@ -17,7 +17,6 @@ IN_FLIGHT_MAX: Final = 8
 _IN_FLIGHT_AT_FIRST: Final = 2
 BUFFERED_MAX: Final = 4 * IN_FLIGHT_MAX
 _BUFFERED_LOW: Final = BUFFERED_MAX // 2
-_UNWRITTEN_MAX: Final = 256
 
 
 class Lane:
@@ -34,6 +33,10 @@ class Lane:
         """Whether nothing more was due when it was last asked for."""
         self.is_leaving = False
         """Whether it is to be another worker's once nothing is under way."""
+        self.is_being_released = False
+        """Whether PostgreSQL is being told that it is nobody's."""
+        self.judged_at = 0.0
+        """When a verdict was last looked at, so that those which cannot be carried out take turns."""
         self.is_outdated = False
         """Whether its endpoint was changed, and is to be loaded before anything more is sent."""
         self.is_left = False
@@ -64,14 +67,12 @@ class Lane:
     def is_hungry(self) -> bool:
         """Whether it is worth fetching more."""
         is_low = len(self.buffer) < _BUFFERED_LOW and self.room > 0
-        # One whose attempts cannot be written, because somebody holds them, does not fill what there is for everybody.
-        unwritten = len(self.busy) - len(self.buffer) - self.in_flight
-        return is_low and unwritten < _UNWRITTEN_MAX and not self.is_exhausted and self.may_begin
+        return is_low and not self.is_exhausted and self.may_begin
 
     @property
     def may_begin(self) -> bool:
         """Whether this worker may send to it, whatever its health."""
-        return not self.is_outdated and not self.is_leaving and not self.is_left
+        return not (self.is_outdated or self.is_leaving or self.is_being_released or self.is_left)
 
     @property
     def is_to_be_judged(self) -> bool:
@@ -133,7 +134,8 @@ class Lane:
     def come_back(self, target: Target, health: Health) -> None:
         """Be this worker's again, with what is still under way from before."""
         self.target, self.health, self.said_percent = target, health, health.warned_percent
-        self.is_left = self.is_leaving = self.is_outdated = self.is_exhausted = self.is_unsaved = False
+        self.is_left = self.is_leaving = self.is_being_released = False
+        self.is_outdated = self.is_exhausted = self.is_unsaved = False
         self.idle_since = self.timer = None
 
     def forget_buffer(self) -> None:

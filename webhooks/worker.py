@@ -218,8 +218,8 @@ class WebhookWorker:
     def _is_heard_of(self) -> bool:
         return self._clock.monotonic_seconds() < self._heard_until
 
-    def _may_begin(self) -> bool:
-        return self._is_heard_of() and not self._records.is_full
+    def _may_begin(self, lane: Lane) -> bool:
+        return self._is_heard_of() and self._records.has_room(lane.target.organization_id)
 
     def _note(self, lane: Lane, recorded: Recorded) -> None:
         self._records.add(lane, recorded)
@@ -229,9 +229,8 @@ class WebhookWorker:
             self._due.set()
 
     async def _record(self, recorded: list[tuple[Lane, Recorded]]) -> list[tuple[Lane, Recorded]]:
-        could_begin = self._may_begin()
         held = await self._workload.record(recorded)
-        if not could_begin or any(lane.is_hungry for lane, _ in recorded):
+        if any(lane.is_hungry or lane.buffer for lane, _ in recorded):
             self._due.set()
         return held
 

@@ -16,7 +16,7 @@ from webhooks.dispatch import Dispatcher
 from webhooks.health import Health
 from webhooks.lanes import Lane
 from webhooks.outcomes import Due, Recorded, record
-from webhooks.ownership import TAKEN_AT_ONCE_MAX, Ownership
+from webhooks.ownership import Ownership
 from webhooks.targets import Target, load
 
 # Ownership is looked at in the same statement: who has lost an endpoint finds nothing due there.
@@ -103,7 +103,7 @@ class Workload:
         self._unreadable.pop(endpoint_id, None)
 
     async def take(self) -> bool:
-        """Take endpoints that are due something and that nobody sends to; return whether there may be more.
+        """Take endpoints that are due something and that nobody sends to; return whether to look for more.
 
         Errors: those of DOWN.
         """
@@ -115,7 +115,7 @@ class Workload:
         taken = await self._ownership.take(room, [*self.lanes, *self._unreadable])
         if taken:
             await self._load(taken, are_taken=True)
-        return len(taken) == TAKEN_AT_ONCE_MAX
+        return bool(taken)
 
     async def refill(self, dispatcher: Dispatcher) -> int:
         """Fetch what is due at lanes that run low, and have it sent; return how much it was. Errors: those of DOWN."""
@@ -195,13 +195,14 @@ class Workload:
 
         So many in a round that who this worker is does not go unsaid meanwhile.
         """
-        due = [lane for lane in self.lanes.values() if lane.is_to_be_judged]
+        due = sorted((lane for lane in self.lanes.values() if lane.is_to_be_judged), key=lambda lane: lane.judged_at)
         for lane in due[:_VERDICTS_AT_ONCE]:
-            percent = lane.health.warned_percent
+            lane.judged_at = self._clock.monotonic_seconds()
+            percent, target = lane.health.warned_percent, lane.target
             if lane.health.disabled_for is not None:
                 if await verdicts.disable(self._stores.database, lane, lane.health.disabled_for):
                     self._drop(lane.target.endpoint_id)
-            elif await verdicts.warn(self._stores.database, lane):
+            elif await verdicts.warn(self._stores.database, lane) and lane.is_current(target):
                 lane.said_percent = percent
 
     async def save(self) -> None:
@@ -256,11 +257,16 @@ class Workload:
                 left.append(endpoint_id)
         if not left:
             return
-        for endpoint_id in left:
-            # Nothing more is fetched for it meanwhile.
-            self.lanes[endpoint_id].is_leaving = True
-        for endpoint_id in await self._ownership.release(left):
-            self._drop(endpoint_id)
+        released = [self.lanes[endpoint_id] for endpoint_id in left]
+        for lane in released:
+            # Nothing more is fetched or begun meanwhile.
+            lane.is_being_released = True
+        try:
+            for endpoint_id in await self._ownership.release(left):
+                self._drop(endpoint_id)
+        finally:
+            for lane in released:
+                lane.is_being_released = False
 
     def __len__(self) -> int:
         return len(self.lanes)

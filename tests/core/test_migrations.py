@@ -53,6 +53,21 @@ async def test_every_migration_can_be_taken_back(empty: Database) -> None:
     assert await is_current(empty)
 
 
+async def test_an_upgrade_that_a_running_process_is_in_the_way_of_is_tried_again(empty: Database) -> None:
+    await upgrade(empty)
+    await empty.run(lambda connection: command.downgrade(configuration(connection), "0012"))
+    async with empty.transaction() as session:
+        # In the other order than the upgrade's: PostgreSQL ends one of the two, the one that has waited longer.
+        await session.execute(text("LOCK webhook_deliveries IN ACCESS SHARE MODE"))
+        upgrading = asyncio.create_task(upgrade(empty))
+        waits = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        while not await empty.run(lambda connection: connection.scalar(text(waits))):
+            assert not upgrading.done()
+        await session.execute(text("LOCK webhook_events IN ACCESS SHARE MODE"))
+    assert await upgrading == expected_revision()
+    assert await is_current(empty)
+
+
 async def test_an_unknown_schema_is_not_current(empty: Database) -> None:
     """Guarantee: a process of this release does not serve on the schema of a later one."""
     await upgrade(empty)

@@ -18,8 +18,9 @@ from tests.webhooks.conftest import Own
 from webhooks.dispatch import ORGANIZATION_MAX
 from webhooks.endpoints import EndpointChange, disable_endpoint, enable_endpoint, update_endpoint
 from webhooks.fan_out import FanOut
-from webhooks.housekeeping import give_up_on_disabled
-from webhooks.recording import UNWRITTEN_MAX
+from webhooks.housekeeping import GIVE_UP, give_up_on_disabled
+from webhooks.lanes import IN_FLIGHT_MAX
+from webhooks.recording import ORGANIZATION_UNWRITTEN_MAX, UNWRITTEN_MAX
 from webhooks.resend import Replay, recover, replay
 from webhooks.worker_parts import Pace
 
@@ -59,65 +60,85 @@ async def test_attempts_of_others_are_written_while_a_delivery_is_held(own: Own,
     await new_endpoint(own.database, receiver.url("/other"), other)
     (held_event,) = await publish_many(own.database, [own.organization_id])
     await fan_out(own)
-    theirs = "SELECT count(*) AS n FROM webhook_attempts WHERE organization_id = $1"
+    attempts = "SELECT count(*) AS n FROM webhook_attempts WHERE organization_id = $1"
+
+    async def are_written(organization_id: str, count: int) -> bool:
+        return (await sql(own, attempts, organization_id))[0].n == count
+
+    holding = held(own, _DELIVERIES, mine.id)
+    await holding.__aenter__()
     async with worker(own.url) as made:
-        async with held(own, _DELIVERIES, mine.id):
-            ids = await publish_many(own.database, [other] * 200)
-            await eventually(lambda: held_event in receiver.counts)
-
-            async def are_written() -> bool:
-                return (await sql(own, theirs, other))[0].n == len(ids)
-
-            await eventually(are_written)
-            assert (await sql(own, theirs, own.organization_id))[0].n == 0
-        await eventually(lambda: sql(own, f"{theirs} HAVING count(*) = 1", own.organization_id))
+        ids = await publish_many(own.database, [other] * 200)
+        await eventually(lambda: held_event in receiver.counts)
+        await eventually(lambda: are_written(other, len(ids)))
+        assert await are_written(own.organization_id, 0)
+        await holding.__aexit__(None, None, None)
+        await eventually(lambda: are_written(own.organization_id, 1))
         await eventually(lambda: not len(made._records))
     assert set(receiver.counts.values()) == {1}
 
 
-async def test_what_is_held_at_a_stop_is_written_while_there_is_time(own: Own, receiver: Sink) -> None:
-    mine, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
-    await publish_many(own.database, [own.organization_id])
+async def test_an_organization_whose_deliveries_are_all_held_stops_nobody_else(own: Own, receiver: Sink) -> None:
+    other = await own.new_organization()
+    receiver.keeps = False
+    for number in range(20):
+        await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
+    await new_endpoint(own.database, receiver.url("/other"), other)
+    await publish_many(own.database, [own.organization_id] * 300)
     await fan_out(own)
-    stopping = worker(own.url)
-    await stopping.__aenter__()
+    holding = held(own, "SELECT 1 FROM webhook_deliveries FOR UPDATE")
+    await holding.__aenter__()
+    async with worker(own.url) as made:
+        await eventually(lambda: len(made._records) >= ORGANIZATION_UNWRITTEN_MAX)
+        theirs = await publish_many(own.database, [other] * 100)
+        await eventually(lambda: all(one in receiver.counts for one in theirs))
+        # What was under way when the bound was reached.
+        mine = sum(receiver.counts.values()) - len(theirs)
+        assert mine <= ORGANIZATION_UNWRITTEN_MAX + ORGANIZATION_MAX
+        await holding.__aexit__(None, None, None)
+        await eventually(lambda: sum(receiver.counts.values()) == 20 * 300 + len(theirs), 30)
+
+
+async def test_what_is_held_at_a_stop_is_written_while_there_is_time(own: Own, receiver: Sink) -> None:
+    """Guarantee: and what is not held is written, whatever comes before it."""
+    other = await own.new_organization()
+    mine, _ = await new_endpoint(own.database, receiver.url("/mine"), own.organization_id)
+    await new_endpoint(own.database, receiver.url("/other"), other)
+    receiver.answers.update({"/mine": lambda _: None, "/other": lambda _: None})
+    await publish_many(own.database, [own.organization_id, other])
+    await fan_out(own)
     async with held(own, _DELIVERIES, mine.id):
-        await eventually(lambda: receiver.counts)
+        stopping = worker(own.url, pace=Pace(drain_seconds=3.0))
+        await stopping.__aenter__()
+        await eventually(lambda: receiver.waiting["/mine"] and receiver.waiting["/other"])
         stop = asyncio.create_task(stopping.__aexit__(None, None, None))
-        await moment(1.0)
+        receiver.answer_late("/mine", status(200))
+        await moment(0.5)
+        receiver.answer_late("/other", status(200))
+        await eventually(lambda: sql(own, "SELECT 1 FROM webhook_deliveries WHERE state = 'succeeded'"))
         assert not stop.done()
     await stop
-    (row,) = await sql(own, "SELECT state, attempts FROM webhook_deliveries")
-    assert tuple(row) == ("succeeded", 1)
+    rows = await sql(own, "SELECT state, attempts FROM webhook_deliveries")
+    assert [tuple(row) for row in rows] == [("succeeded", 1)] * 2
 
 
 async def test_no_more_is_sent_than_may_go_unwritten(own: Own, receiver: Sink) -> None:
     """Guarantee: what has no record of having been sent is bounded, in memory and in duplicates after a kill."""
-    for number in range(20):
-        await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
+    organizations = [await own.new_organization() for _ in range(10)]
     receiver.keeps = False
-    await publish_many(own.database, [own.organization_id] * 400)
+    for place, organization in enumerate(organizations):
+        await new_endpoint(own.database, receiver.url(f"/{place}"), organization)
+    await publish_many(own.database, organizations * 800)
     await fan_out(own)
+    holding = held(own, "LOCK TABLE webhook_attempts IN ACCESS EXCLUSIVE MODE")
+    await holding.__aenter__()
     async with worker(own.url) as made:
-        async with held(own, "LOCK TABLE webhook_attempts IN ACCESS EXCLUSIVE MODE"):
-            await eventually(lambda: made._records.is_full, 20)
-            await moment(1.0)
-            # What was under way when the bound was reached.
-            assert sum(receiver.counts.values()) <= UNWRITTEN_MAX + ORGANIZATION_MAX
-        await eventually(lambda: sum(receiver.counts.values()) == 20 * 400, 30)
-
-
-async def test_an_endpoint_whose_deliveries_are_held_leaves_room_for_the_others(own: Own, receiver: Sink) -> None:
-    mine, _ = await new_endpoint(own.database, receiver.url(), own.organization_id)
-    receiver.keeps = False
-    await publish_many(own.database, [own.organization_id] * 2_000)
-    await fan_out(own)
-    async with worker(own.url) as made:
-        async with held(own, _DELIVERIES, mine.id):
-            await eventually(lambda: len(made._records) >= 256)
-            await moment(0.5)
-            assert len(made._records) < 400
-        await eventually(lambda: len(receiver.counts) == 2_000, 20)
+        await eventually(lambda: len(made._records) >= UNWRITTEN_MAX, 20)
+        await moment(1.0)
+        # What was under way when the bound was reached.
+        assert sum(receiver.counts.values()) <= UNWRITTEN_MAX + len(organizations) * IN_FLIGHT_MAX
+        await holding.__aexit__(None, None, None)
+        await eventually(lambda: sum(receiver.counts.values()) == 10 * 800, 30)
 
 
 async def test_what_was_taken_while_it_was_looked_for_is_not_sent_again(own: Own) -> None:
@@ -145,25 +166,43 @@ async def test_what_was_taken_while_it_was_looked_for_is_not_sent_again(own: Own
     assert [row.state for row in states] == ["pending", "succeeded", "succeeded"]
 
 
-async def test_what_is_recovered_is_not_given_up(own: Own) -> None:
-    first, _ = await new_endpoint(own.database, "http://127.0.0.1:9/a", own.organization_id)
-    second, _ = await new_endpoint(own.database, "http://127.0.0.1:9/b", own.organization_id)
-    since = datetime.now(UTC) - timedelta(minutes=1)
+async def test_what_is_held_is_not_waited_for_to_be_given_up(own: Own) -> None:
+    first, second = [
+        (await new_endpoint(own.database, f"http://127.0.0.1:9/{one}", own.organization_id))[0] for one in "ab"
+    ]
     await publish_many(own.database, [own.organization_id] * 5)
     await fan_out(own)
     for one in (first, second):
         async with own.database.transaction() as session:
             await disable_endpoint(session, one.id, SEALER, organization_id=own.organization_id)
     async with held(own, _DELIVERIES, first.id):
-        giving_up = asyncio.create_task(give_up_on_disabled(own.database))
+        assert await asyncio.wait_for(give_up_on_disabled(own.database), 5) == 5
+    async with held(own, _ENDPOINT, first.id):
+        assert await asyncio.wait_for(give_up_on_disabled(own.database), 5) == 0
+    assert await give_up_on_disabled(own.database) == 5
+
+
+async def test_what_is_recovered_is_not_given_up(own: Own) -> None:
+    """Guarantee: who enables an endpoint while its deliveries are being given up waits until that is done."""
+    view, _ = await new_endpoint(own.database, "http://127.0.0.1:9/", own.organization_id)
+    since = datetime.now(UTC) - timedelta(minutes=1)
+    await publish_many(own.database, [own.organization_id] * 5)
+    await fan_out(own)
+    async with own.database.transaction() as session:
+        await disable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+
+    async def enable() -> None:
         async with own.database.transaction() as session:
-            await enable_endpoint(session, second.id, SEALER, organization_id=own.organization_id)
-        async with own.database.transaction() as session:
-            assert await recover(session, second.id, since, organization_id=own.organization_id, is_dry_run=False) == 5
-    await giving_up
-    await give_up_on_disabled(own.database)
-    rows = await sql(own, "SELECT DISTINCT endpoint_id, state FROM webhook_deliveries")
-    assert {tuple(row) for row in rows} == {(first.id, "failed"), (second.id, "pending")}
+            await enable_endpoint(session, view.id, SEALER, organization_id=own.organization_id)
+
+    async with held(own, GIVE_UP, 1):
+        enabling = asyncio.create_task(enable())
+        await eventually(lambda: sql(own, "SELECT 1 FROM pg_locks WHERE NOT granted"))
+        assert not enabling.done()
+    await enabling
+    async with own.database.transaction() as session:
+        assert await recover(session, view.id, since, organization_id=own.organization_id, is_dry_run=False) == 5
+    assert await give_up_on_disabled(own.database) == 0
 
 
 async def test_a_stop_hands_over_whatever_row_is_held(own: Own, receiver: Sink) -> None:
@@ -219,3 +258,21 @@ async def test_a_held_endpoint_holds_up_no_other_verdict(own: Own, receiver: Sin
             await eventually(lambda: sql(own, gone, second.id))
             assert await sql(own, gone, first.id) == []
         await eventually(lambda: sql(own, gone, first.id))
+
+
+async def test_endpoints_that_are_held_do_not_stop_the_verdicts_of_others(own: Own, receiver: Sink) -> None:
+    """Guarantee: whatever number of rows is held."""
+    other = await own.new_organization()
+    receiver.answers = {path: lambda _: None for path in ["/other", *(f"/{number}" for number in range(25))]}
+    for number in range(25):
+        await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
+    last, _ = await new_endpoint(own.database, receiver.url("/other"), other)
+    gone = "SELECT 1 FROM webhook_endpoints WHERE id = $1 AND disabled_reason = 'gone'"
+    async with worker(own.url):
+        await publish_many(own.database, [own.organization_id, other])
+        await eventually(lambda: all(receiver.waiting[path] for path in receiver.answers))
+        mine = "SELECT 1 FROM webhook_endpoints WHERE organization_id = $1 FOR UPDATE"
+        async with held(own, mine, own.organization_id):
+            for path in receiver.answers:
+                receiver.answer_late(path, status(410))
+            await eventually(lambda: sql(own, gone, last.id), 10)

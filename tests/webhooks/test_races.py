@@ -42,11 +42,11 @@ async def test_who_was_not_heard_of_goes_on_where_it_stopped(own: Own, receiver:
     ids = await publish_many(own.database, [own.organization_id] * 40)
     async with worker(own.url) as made:
         await eventually(lambda: len(receiver.counts) >= 3)
-        made._dispatcher._may_begin = lambda: False
+        made._dispatcher._may_begin = lambda _: False
         stopped = len(receiver.counts)
         await moment(0.3)
         assert len(receiver.counts) <= stopped + 2
-        made._dispatcher._may_begin = lambda: True
+        made._dispatcher._may_begin = lambda _: True
         await eventually(lambda: receiver.counts.keys() == set(ids))
 
 
@@ -281,9 +281,11 @@ async def test_a_surplus_is_left_once_however_often_it_is_looked_at(own: Own, re
     pace = Pace(beat_seconds=5.0, lease_seconds=30.0, drain_seconds=0.5)
     async with worker(own.url, pace=pace) as made:
         await publish_many(own.database, [own.organization_id])
-        await eventually(lambda: len(made._workload) == 20)
-        await eventually(lambda: not any(lane.busy for lane in made._workload.lanes.values()))
+        await eventually(lambda: sum(receiver.counts.values()) == 20)
+        lanes = made._workload.lanes
+        await eventually(lambda: not any(lane.busy for lane in lanes.values()))
         await made.keep()
+        assert len(lanes) == 20
         # Another worker, with a share of half of them.
         await sql(own, "INSERT INTO webhook_workers (worker_id) VALUES ('whw_other')")
         await made.beat()
@@ -383,3 +385,27 @@ async def test_a_worker_has_as_many_descriptors_as_it_may(own: Own, workdir: Pat
         assert resource.prlimit(process.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
     finally:
         await process.stop()
+
+
+async def test_nothing_is_begun_at_an_endpoint_that_is_being_released(own: Own, receiver: Sink) -> None:
+    """Guarantee: whatever a beat finds meanwhile, nobody else may be sending there already."""
+    for number in range(4):
+        await new_endpoint(own.database, receiver.url(f"/{number}"), own.organization_id)
+    async with worker(own.url, pace=Pace(beat_seconds=5.0, lease_seconds=30.0, drain_seconds=0.5)) as made:
+        await publish_many(own.database, [own.organization_id])
+        await eventually(lambda: sum(receiver.counts.values()) == 4)
+        lanes = made._workload.lanes
+        await eventually(lambda: not any(lane.busy for lane in lanes.values()))
+        await made.keep()
+        await sql(own, "INSERT INTO webhook_workers (worker_id) VALUES ('whw_other')")
+        await made.beat()
+        slow = asyncio.create_task(made._stores.reads.fetch("SELECT pg_sleep(0.5)"))
+        keeping = asyncio.create_task(made.keep())
+        await eventually(lambda: any(lane.is_being_released for lane in lanes.values()))
+        # The other is gone again: there is no surplus any more.
+        await sql(own, "DELETE FROM webhook_workers WHERE worker_id = 'whw_other'")
+        await made.beat()
+        assert [lane.may_begin for lane in lanes.values()] == [False, False, True, True]
+        await slow
+        await keeping
+        assert [lane.may_begin for lane in lanes.values()] == [True, True]

@@ -128,7 +128,8 @@ async def test_a_failure_is_tried_again_by_the_schedule_with_the_same_id_and_bod
 
 
 async def _with_attempts(own: Own, count: int) -> list[DeliveryDetails]:
-    return [one for one in await deliveries(own) if len(one.attempts) == count]
+    # A delivery and its attempts are read one after the other.
+    return [one for one in await deliveries(own) if one.delivery.attempts == len(one.attempts) == count]
 
 
 async def _bring_forward(own: Own) -> None:

@@ -212,6 +212,7 @@ def load(environ: Mapping[str, str]) -> Settings:
         peppers=read("AAP_KEY_PEPPERS", (), _peppers),
         sealing_keys=read("AAP_SEALING_KEYS", (), _sealing_keys),
         webhook_signing_keys=read("AAP_WEBHOOK_SIGNING_KEYS", (), _signing_seeds),
+        # Longer than any delivery lasts: a receiver may ask, by Retry-After, for nine pauses of a day.
         webhook_retention_days=read("AAP_WEBHOOK_RETENTION_DAYS", 30, integer(10, 400)),
         first_run=read("AAP_FIRST_RUN", default=True, parse=boolean),
         edge=_edge(reader, environ),

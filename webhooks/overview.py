@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -15,23 +15,29 @@ from webhooks.errors import WebhookNotFound
 from webhooks.vault import headers_place, secret_place
 
 _COUNTED_MAX: Final = 1_000_000
-_STATUS: Final = """
+_BACKLOG: Final = """
 WITH awake AS (
   SELECT id FROM webhook_endpoints
   WHERE disabled_at IS NULL AND deleted_at IS NULL AND coalesce(resting_until <= now(), true)
+), oldest AS (
+  SELECT min(d.due_at) AS due_at FROM awake e CROSS JOIN LATERAL (
+    SELECT due_at FROM webhook_deliveries p
+    WHERE p.endpoint_id = e.id AND p.state = 'pending' AND p.due_at <= now() ORDER BY due_at LIMIT 1
+  ) d
 )
 SELECT
-  (SELECT count(*) FROM webhook_workers WHERE seen_at > now() - interval '10 seconds') AS workers,
-  (SELECT count(*) FROM (SELECT FROM webhook_events WHERE NOT is_fanned_out LIMIT $1) AS w) AS events_waiting,
-  (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE state = 'pending' LIMIT $1) AS p) AS pending,
   (SELECT count(*) FROM (
      SELECT FROM awake e JOIN webhook_deliveries d ON d.endpoint_id = e.id
      WHERE d.state = 'pending' AND d.due_at <= now() LIMIT $1
    ) AS d) AS due,
-  (SELECT min(d.due_at) FROM awake e CROSS JOIN LATERAL (
-     SELECT due_at FROM webhook_deliveries p
-     WHERE p.endpoint_id = e.id AND p.state = 'pending' AND p.due_at <= now() ORDER BY due_at LIMIT 1
-   ) d) AS oldest_due_at,
+  due_at AS oldest_due_at, extract(epoch FROM now() - due_at)::float8 AS oldest_seconds
+FROM oldest
+"""
+_STATUS: Final = """
+SELECT
+  (SELECT count(*) FROM webhook_workers WHERE seen_at > now() - interval '10 seconds') AS workers,
+  (SELECT count(*) FROM (SELECT FROM webhook_events WHERE NOT is_fanned_out LIMIT $1) AS w) AS events_waiting,
+  (SELECT count(*) FROM (SELECT FROM webhook_deliveries WHERE state = 'pending' LIMIT $1) AS p) AS pending,
   (SELECT count(*) FROM webhook_endpoints WHERE deleted_at IS NULL AND disabled_at IS NULL) AS enabled,
   (SELECT count(*) FROM webhook_endpoints
    WHERE deleted_at IS NULL AND disabled_at IS NULL AND failing_since IS NOT NULL) AS failing,
@@ -62,6 +68,14 @@ FROM unnest($1::text[], $2::bytea[]) AS n (id, sealed) WHERE e.id = n.id
 """
 
 
+class Backlog(NamedTuple):
+    """What is due now at endpoints that are sent to."""
+
+    due: int
+    oldest_due_at: datetime | None
+    oldest_seconds: float | None
+
+
 class WebhookStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How delivering goes, over all organizations."""
 
@@ -90,7 +104,14 @@ class TroubledEndpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 async def status(session: AsyncSession) -> WebhookStatus:
     """Return how delivering goes. Counts end at a million."""
-    return msgspec.convert((await fetch(session, _STATUS, _COUNTED_MAX))[0]._asdict(), WebhookStatus)
+    counted = (await fetch(session, _STATUS, _COUNTED_MAX))[0]._asdict()
+    now = await backlog(session, _COUNTED_MAX)
+    return WebhookStatus(**counted, due=now.due, oldest_due_at=now.oldest_due_at)
+
+
+async def backlog(session: AsyncSession, counted_max: int) -> Backlog:
+    """Return how much is due, counted up to *counted_max*, and since when."""
+    return Backlog(*(await fetch(session, _BACKLOG, counted_max))[0])
 
 
 async def troubled(session: AsyncSession, limit: int) -> list[TroubledEndpoint]:

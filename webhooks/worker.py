@@ -22,9 +22,8 @@ import structlog
 
 from core.database import DOWN, Database
 from core.ids import new_id
-from core.plain_sql import fetch
 from core.writer import Writer
-from webhooks import housekeeping
+from webhooks import housekeeping, overview
 from webhooks.dispatch import Dispatcher
 from webhooks.fan_out import FanOut
 from webhooks.key_acts import tell_expiring
@@ -47,23 +46,6 @@ _REPLACED_OF_FULL: Final = 0.1
 """What part of its endpoints a worker that can take no more leaves every second."""
 # A backlog is counted up to here: beyond, that it is long is all that matters.
 _COUNTED_MAX: Final = 100_000
-_DUE: Final = """
-WITH awake AS (
-  SELECT id FROM webhook_endpoints
-  WHERE disabled_at IS NULL AND deleted_at IS NULL AND coalesce(resting_until <= now(), true)
-)
-SELECT
-  (SELECT count(*) FROM (
-     SELECT FROM awake e JOIN webhook_deliveries d ON d.endpoint_id = e.id
-     WHERE d.state = 'pending' AND d.due_at <= now() LIMIT $1
-   ) AS waiting) AS due,
-  extract(epoch FROM now() - (
-    SELECT min(d.due_at) FROM awake e CROSS JOIN LATERAL (
-      SELECT due_at FROM webhook_deliveries p
-      WHERE p.endpoint_id = e.id AND p.state = 'pending' AND p.due_at <= now() ORDER BY due_at LIMIT 1
-    ) d
-  ))::float8 AS oldest_seconds
-"""
 _log = structlog.get_logger(__name__)
 
 
@@ -187,9 +169,9 @@ class WebhookWorker:
     async def measure(self) -> None:
         """Count what is due."""
         async with self._database.transaction() as session:
-            row = (await fetch(session, _DUE, _COUNTED_MAX))[0]
-        age = row.oldest_seconds
-        self.stats.due = row.due
+            backlog = await overview.backlog(session, _COUNTED_MAX)
+        age = backlog.oldest_seconds
+        self.stats.due = backlog.due
         self.stats.oldest_due_since = None if age is None else self._clock.monotonic_seconds() - age
         self.stats.endpoints, self.stats.in_flight = len(self._workload), self._dispatcher.in_flight
 

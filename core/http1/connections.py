@@ -49,7 +49,7 @@ class OriginPool:
         route: Route,
         limits: ConnectionLimits,
         counters: ConnectionCounters,
-        on_empty: Callable[["OriginPool"], None] = lambda _: None,
+        on_empty: Callable[["OriginPool"], None],
     ) -> None:
         """*on_empty* is called whenever no connection is left, nor anybody who waits for one."""
         self._on_empty = on_empty
